@@ -1,0 +1,1 @@
+"""Semantic segmentation on Pascal VOC 2012 and VOC-layout folders: data, checks, model, training, evaluation, registry."""

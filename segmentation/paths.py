@@ -1,0 +1,32 @@
+"""Where things live. Paths are relative to the folder that a stage runs in, but for what must outlive that folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+RAW = Path("data/raw")
+PROCESSED = Path("data/processed")
+MANIFEST = PROCESSED / "manifest.parquet"
+DATA_CHECKS = Path("reports/data_checks.json")
+DATA_DOCS = Path("reports/data_docs")
+MODEL = Path("models")
+TRAINING = Path("reports/training")
+EVALUATION = Path("reports/evaluation")
+
+
+def project_root() -> Path:
+    """The user's checkout; inside an isolated DVC experiment (`<checkout>/.dvc/tmp/exps/…`) the one it came from.
+
+    Downloads and checkpoints are kept there (`scratch/`), so that a killed experiment leaves them to the next one, and
+    relative paths in `params.yaml` are relative to it.
+    """
+    here = Path.cwd()
+    for parent in here.parents:
+        if parent.parts[-3:] == (".dvc", "tmp", "exps"):
+            return parent.parents[2]
+    return here
+
+
+def scratch() -> Path:
+    """Untracked folder for what may be thrown away at any time: downloads and checkpoints."""
+    return project_root() / "scratch"

@@ -1,0 +1,177 @@
+"""`params.yaml`, read once into typed, frozen settings.
+
+Nothing else in the project reads the file. An unknown key, a wrong type or an impossible combination is refused with
+the key, the value and the nearest valid one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from segmentation.errors import PipelineError
+
+PARAMS_FILE = Path("params.yaml")
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class FetchSettings(Section):
+    source: Literal["voc2012", "directory", "sample"]
+    archive: str | None
+    url: str
+    md5: str = Field(pattern="^[0-9a-f]{32}$")
+    directory: str | None
+    limit: int | None = Field(ge=1)
+
+    @model_validator(mode="after")
+    def _directory_is_named(self) -> FetchSettings:
+        if self.source == "directory" and self.directory is None:
+            raise ValueError("source is 'directory', so set fetch.directory to the folder that holds JPEGImages/")
+        return self
+
+
+class PreprocessSettings(Section):
+    size: int = Field(ge=1)
+
+
+class ValidateSettings(Section):
+    max_void_share: float = Field(gt=0, le=1)
+
+
+class EncoderSettings(Section):
+    name: str
+    pretrained: bool
+    checkpoint: str | None
+    trainable_blocks: int = Field(ge=0)
+
+    @property
+    def patch_size(self) -> int | None:
+        """Side of a patch in pixels as timm's name states it, None where it does not."""
+        found = re.search(r"patch(\d+)", self.name)
+        return int(found[1]) if found else None
+
+
+class DecoderSettings(Section):
+    channels: list[int] = Field(min_length=4, max_length=4)
+
+    @model_validator(mode="after")
+    def _channels_are_positive(self) -> DecoderSettings:
+        if min(self.channels) < 1:
+            raise ValueError("every entry must be at least 1")
+        return self
+
+
+class TrainSettings(Section):
+    epochs: int = Field(ge=1)
+    batch_size: int = Field(ge=1)
+    lr: float = Field(gt=0)
+    keep: Literal["best", "last"]
+    seed: int = Field(ge=0, lt=2**32)
+    workers: int = Field(ge=0)
+
+
+class EvaluateSettings(Section):
+    panels: int = Field(ge=1)
+
+
+class Settings(Section):
+    fetch: FetchSettings
+    preprocess: PreprocessSettings
+    validate_: ValidateSettings = Field(alias="validate")
+    encoder: EncoderSettings
+    decoder: DecoderSettings
+    train: TrainSettings
+    evaluate: EvaluateSettings
+
+    @model_validator(mode="after")
+    def _size_is_a_multiple_of_the_patch(self) -> Settings:
+        size, patch = self.preprocess.size, self.encoder.patch_size
+        if patch and size % patch:
+            nearest = max(patch, round(size / patch) * patch)
+            raise ValueError(
+                f"preprocess.size: {size} is no multiple of the {patch}-pixel patch of {self.encoder.name}; "
+                f"the nearest valid size is {nearest}"
+            )
+        return self
+
+
+def load_settings(path: Path = PARAMS_FILE, overrides: Mapping[str, Any] | None = None) -> Settings:
+    """Read and check all settings.
+
+    Args:
+        path: the YAML file.
+        overrides: values by dotted key (`{"train.epochs": 2}`) that replace those of the file.
+
+    Raises:
+        PipelineError: the file is missing or unreadable, or a value is refused; all refusals are listed.
+    """
+    try:
+        values = YAML(typ="safe").load(path.read_text(encoding="utf-8"))  # YAML 1.2, as DVC reads it: 1e-4 is a number
+    except FileNotFoundError:
+        raise PipelineError(f"{path}: not found; run from the project's folder") from None
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise PipelineError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise PipelineError(f"{path}: expected one section per stage, found {type(values).__name__}")
+    for key, value in (overrides or {}).items():
+        section, _, name = key.partition(".")
+        if not isinstance(values.get(section, {}), dict) or not name:
+            raise PipelineError(f"override {key!r}: write it as section.key, for example train.epochs")
+        values.setdefault(section, {})[name] = value
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as error:
+        lines = [_explain(item) for item in error.errors()]
+        raise PipelineError("\n".join([f"{path}: refused", *(f"  {line}" for line in lines)])) from None
+
+
+def _explain(item: Any) -> str:
+    """One refusal of pydantic's as a line: key, value, and the nearest valid one."""
+    location = [str(part) for part in item["loc"]]
+    key, value, context = ".".join(location), item["input"], item.get("ctx", {})
+    if item["type"] == "extra_forbidden":
+        section = Settings if len(location) == 1 else _section(location[0])
+        known = [field.alias or name for name, field in section.model_fields.items()]
+        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.0)
+        return f"{key}: unknown key (value {value!r}); did you mean {'.'.join([*location[:-1], near[0]])}?"
+    if item["type"] == "missing":
+        return f"{key}: missing; the default is in the repository's params.yaml"
+    if item["type"] == "literal_error":
+        choices = re.findall(r"'([^']+)'", context["expected"])
+        near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.0)
+        return f"{key}: {value!r} is not one of {', '.join(choices)}; the nearest is {near[0]}"
+    bounds = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
+    for name, words in bounds.items():
+        if name in context:
+            return f"{key}: {value!r} is out of range; it must be {words} {context[name]}"
+    if item["type"] == "value_error":
+        return f"{key}: {context['error']}" if key else str(context["error"])
+    return f"{key}: {value!r} is refused: {item['msg']}" + _nearest_of_type(item["type"], value)
+
+
+def _section(name: str) -> type[BaseModel]:
+    fields = {field.alias or key: field for key, field in Settings.model_fields.items()}
+    annotation = fields[name].annotation
+    assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
+    return annotation
+
+
+def _nearest_of_type(kind: str, value: Any) -> str:
+    try:
+        if kind == "int_type":
+            return f"; the nearest valid value is {round(float(value))}"
+        if kind == "float_type":
+            return f"; the nearest valid value is {float(value)}"
+    except (TypeError, ValueError):
+        pass
+    return ""

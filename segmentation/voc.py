@@ -1,0 +1,92 @@
+"""Pascal VOC's folder layout, class names and colours, and the rules for ids.
+
+<root>/JPEGImages/<id>.jpg               photos
+<root>/SegmentationClass/<id>.png        palette or grey PNG of class ids, 255 = void
+<root>/ImageSets/Segmentation/<split>.txt  one id a line
+<root>/classes.txt                       one class name a line, background first (optional; else VOC's 21)
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from segmentation.errors import PipelineError
+
+VOID = 255
+SPLITS = ("train", "val")
+CLASSES = (
+    "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
+    "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+)  # fmt: skip
+
+_SAFE_ID = re.compile(r"[\w][\w.\- ]{0,199}")
+
+
+def is_safe_id(identifier: str) -> bool:
+    """Whether an id is a plain file name: it can never lead out of its folder."""
+    return _SAFE_ID.fullmatch(identifier) is not None
+
+
+def palette() -> list[int]:
+    """The VOC palette for PNG masks: 256 RGB triples, flat (devkit's `VOClabelcolormap`: bits of the id, interleaved)."""
+    colours = []
+    for label in range(256):
+        rgb = [0, 0, 0]
+        for bit in range(8):
+            for channel in range(3):
+                rgb[channel] |= (label >> (3 * bit + channel) & 1) << (7 - bit)
+        colours += rgb
+    return colours
+
+
+@dataclass(frozen=True)
+class VocFolder:
+    """Paths and lists of a folder in VOC layout; reads no image."""
+
+    root: Path
+
+    def photo(self, identifier: str) -> Path:
+        return self.root / "JPEGImages" / f"{identifier}.jpg"
+
+    def mask(self, identifier: str) -> Path:
+        return self.root / "SegmentationClass" / f"{identifier}.png"
+
+    def split_file(self, split: str) -> Path:
+        return self.root / "ImageSets" / "Segmentation" / f"{split}.txt"
+
+    @property
+    def classes_file(self) -> Path:
+        return self.root / "classes.txt"
+
+    def ids(self, split: str) -> list[str]:
+        """The ids of a split in list order, as they are written: check them with `is_safe_id` before use as a path.
+
+        Raises:
+            PipelineError: the list is missing or no UTF-8 text.
+        """
+        path = self.split_file(split)
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except FileNotFoundError:
+            raise PipelineError(f"{path}: not found; write one photo id a line, without .jpg") from None
+        except UnicodeDecodeError:
+            raise PipelineError(f"{path}: no UTF-8 text; write one photo id a line, without .jpg") from None
+        return [line.strip() for line in lines if line.strip()]
+
+    def classes(self) -> list[str]:
+        """Class names by id, background first: those of `classes.txt`, else VOC's 21.
+
+        Raises:
+            PipelineError: fewer than 2 or more than 255 names, or one twice.
+        """
+        path = self.classes_file
+        if not path.exists():
+            return list(CLASSES)
+        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        if not 2 <= len(names) <= VOID:
+            raise PipelineError(f"{path}: {len(names)} classes; it must name 2 to {VOID}, background first")
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise PipelineError(f"{path}: named more than once: {', '.join(twice)}")
+        return names
