@@ -1,1 +1,1 @@
-"""Semantic segmentation on Pascal VOC 2012 and VOC-layout folders: data, checks, model, training, evaluation, registry."""
+"""Semantic segmentation on Pascal VOC 2012 and VOC-layout folders: from photos and masks to a registered model."""

@@ -8,7 +8,6 @@ RAW = Path("data/raw")
 PROCESSED = Path("data/processed")
 MANIFEST = PROCESSED / "manifest.parquet"
 DATA_CHECKS = Path("reports/data_checks.json")
-DATA_DOCS = Path("reports/data_docs")
 MODEL = Path("models")
 TRAINING = Path("reports/training")
 EVALUATION = Path("reports/evaluation")
@@ -28,5 +27,5 @@ def project_root() -> Path:
 
 
 def scratch() -> Path:
-    """Untracked folder for what may be thrown away at any time: downloads and checkpoints."""
+    """Untracked folder for what may be thrown away at any time: downloads, checkpoints, Data Docs."""
     return project_root() / "scratch"

@@ -30,7 +30,7 @@ def is_safe_id(identifier: str) -> bool:
 
 
 def palette() -> list[int]:
-    """The VOC palette for PNG masks: 256 RGB triples, flat (devkit's `VOClabelcolormap`: bits of the id, interleaved)."""
+    """VOC's colours for PNG masks: 256 RGB triples, flat (the devkit's `VOClabelcolormap`)."""
     colours = []
     for label in range(256):
         rgb = [0, 0, 0]

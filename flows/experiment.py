@@ -1,0 +1,180 @@
+"""An orchestrated run is a DVC experiment: run one, find its commit, copy out what people want to look at."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import psutil
+from ruamel.yaml import YAML
+
+from segmentation.errors import PipelineError
+from segmentation.files import sha256_file, sha256_json
+from segmentation.paths import DATA_CHECKS, EVALUATION, MODEL, TRAINING, project_root
+
+GRACE_SECONDS = 10
+
+
+@dataclass(frozen=True)
+class Revision:
+    """A commit that pins a finished run: an experiment's, or any git commit with a complete `dvc.lock`."""
+
+    name: str
+    commit: str
+    baseline: str
+
+
+def new_name() -> str:
+    """A name for an experiment, unique and in order of time."""
+    return f"train-{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid4().hex[:4]}"
+
+
+def run_experiment(
+    name: str, overrides: Mapping[str, Any], isolated: bool, env: Mapping[str, str], log: Callable[[str], None]
+) -> Revision:
+    """Run `dvc exp run` as a child process, its output line by line to `log`.
+
+    Whatever ends this function, a cancelled flow included, ends the child and everything that it started.
+
+    Args:
+        name: the experiment's.
+        overrides: values by dotted key of `params.yaml`.
+        isolated: in a temporary copy; else in the checkout itself.
+        env: added to the child's environment.
+        log: takes a line.
+
+    Raises:
+        PipelineError: a stage failed; with the lines that say why.
+    """
+    command = [sys.executable, "-m", "dvc", "exp", "run", "--name", name, *(["--temp"] if isolated else [])]
+    for key, value in overrides.items():
+        command += ["--set-param", f"{key}={_hydra(value)}"]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    environment = os.environ | {"PATH": path, "PYTHONUNBUFFERED": "1", "FLOW_PID": str(os.getpid())} | dict(env)
+    child = subprocess.Popen(
+        command, cwd=project_root(), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    last: deque[str] = deque(maxlen=60)
+    try:
+        assert child.stdout is not None
+        for line in child.stdout:
+            if text := line.rstrip():
+                log(text)
+                last.append(text)
+        code = child.wait()
+    finally:
+        kill_tree(child.pid)
+    if code:
+        raise PipelineError(f"`dvc exp run` failed (exit code {code}):\n" + "\n".join(_why(list(last))))
+    return find_revision(name)
+
+
+def kill_tree(pid: int) -> None:
+    """End a process and all its descendants: ask, then insist."""
+    try:
+        parent = psutil.Process(pid)
+        family = [*parent.children(recursive=True), parent]
+    except psutil.NoSuchProcess:
+        return
+    for process in family:
+        try:
+            process.terminate()
+        except psutil.NoSuchProcess:
+            continue
+    for process in psutil.wait_procs(family, timeout=GRACE_SECONDS)[1]:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+
+
+def find_revision(name: str) -> Revision:
+    """The revision that an experiment's name or a git revision stands for.
+
+    Raises:
+        PipelineError: there is none.
+    """
+    for line in _git("for-each-ref", "--format=%(objectname) %(refname)", "refs/exps").splitlines():
+        commit, ref = line.split(" ", 1)
+        parts = ref.split("/")  # refs/exps/<2 digits>/<38 digits of the commit it started from>/<name>
+        if parts[-1] == name and len(parts) == 5:
+            return Revision(name, commit, parts[2] + parts[3])
+    try:
+        commit = _git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}").strip()
+    except subprocess.CalledProcessError:
+        raise PipelineError(f"{name!r} is no experiment (`dvc exp list`) and no git revision") from None
+    return Revision(name, commit, commit)
+
+
+def copy_out(revision: Revision) -> Path:
+    """Copy parameters, model and reports of a revision to `runs/<name>/`, and return that folder.
+
+    Raises:
+        PipelineError: the revision lacks an output, or DVC's cache does.
+    """
+    from dvc.api import DVCFileSystem
+
+    folder = project_root() / "runs" / revision.name.replace("/", "-")
+    files = DVCFileSystem(str(project_root()), rev=revision.commit)
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in ("params.yaml", "dvc.lock", DATA_CHECKS, MODEL, TRAINING, EVALUATION):
+        target = folder / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            files.get(str(path), str(target), recursive=files.isdir(str(path)))
+        except (FileNotFoundError, OSError) as error:
+            raise PipelineError(
+                f"{path} of {revision.name} cannot be had: {error}; run `dvc repro` and commit, or `dvc pull`"
+            ) from None
+    return folder
+
+
+def lineage(revision: Revision, folder: Path) -> dict[str, str]:
+    """Where a run comes from, as tags of its model version.
+
+    Args:
+        revision: the run.
+        folder: what `copy_out` returned.
+    """
+    changed = _git("diff", "--name-only", revision.baseline, revision.commit, "--", ":!dvc.lock", ":!params.yaml")
+    lock, params = (YAML(typ="safe").load((folder / name).read_text()) for name in ("dvc.lock", "params.yaml"))
+    checks = json.loads((folder / DATA_CHECKS).read_text(encoding="utf-8"))
+    return {
+        "experiment": revision.name,
+        "experiment_commit": revision.commit,
+        "git_commit": revision.baseline,
+        "git_dirty": "true" if changed.strip() else "false",
+        "dvc_lock_sha256": sha256_file(folder / "dvc.lock"),
+        "data_hash": lock["stages"]["fetch"]["outs"][0]["md5"],
+        "evaluation_set_sha256": checks["splits"]["val"]["sha256"],
+        "params_sha256": sha256_json(params),
+        "data_checks": checks["result"],
+    }
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(
+        ["git", *arguments], cwd=project_root(), check=True, stdout=subprocess.PIPE, text=True
+    ).stdout  # fmt: skip
+
+
+def _hydra(value: Any) -> str:
+    """A value in the grammar of `dvc exp run --set-param`, which is Hydra's."""
+    if isinstance(value, str):
+        return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    return json.dumps(value)
+
+
+def _why(lines: list[str]) -> list[str]:
+    """From the first line that a stage or DVC marks as an error, else the last ten."""
+    marked = [index for index, line in enumerate(lines) if line.lower().startswith(("error", "traceback"))]
+    return lines[marked[0] :] if marked else lines[-10:]

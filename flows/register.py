@@ -1,0 +1,50 @@
+"""Register a finished run's model in MLflow: `python -m flows.register EXPERIMENT`. Registers a result only once."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from prefect import flow, task
+from prefect.cache_policies import NO_CACHE
+
+from flows.experiment import Revision, copy_out, find_revision, lineage
+from flows.local import without_server
+from segmentation.errors import PipelineError
+from segmentation.registry import MODEL_NAME, Registered
+
+
+@flow(name="register")
+def register(revision: str) -> str:
+    """Register the model of an experiment (or of a git revision with a complete `dvc.lock`); returns its version.
+
+    Args:
+        revision: the experiment's name, as in `dvc exp list`, or a git revision.
+    """
+    found = find_revision(revision)
+    return register_model(found, copy_out(found), None).version
+
+
+@task(cache_policy=NO_CACHE, retries=2, retry_delay_seconds=5)
+def register_model(revision: Revision, folder: Path, run_id: str | None) -> Registered:
+    """Log the files of `folder` to MLflow and register its model; a tracking server that is away is tried again."""
+    from segmentation import registry
+
+    return registry.register(folder, lineage(revision, folder), run_id)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("revision", help="an experiment's name (`dvc exp list`) or a git revision, such as HEAD")
+    arguments = parser.parse_args()
+    try:
+        with without_server():
+            version = register(arguments.revision)
+    except PipelineError as error:
+        sys.exit(f"error: {error}")
+    print(f"registered: models:/{MODEL_NAME}/{version}")
+
+
+if __name__ == "__main__":
+    main()

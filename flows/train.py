@@ -1,0 +1,176 @@
+"""Train, evaluate and register in one run: `prefect deployment run 'train/voc2012'`, or here: `python -m flows.train`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from prefect import flow, get_run_logger, task
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.cache_policies import NO_CACHE
+from ruamel.yaml import YAML
+
+from flows import experiment
+from flows.experiment import Revision
+from flows.local import without_server
+from flows.register import register_model
+from segmentation.errors import PipelineError
+from segmentation.paths import DATA_CHECKS, EVALUATION, TRAINING, project_root
+from segmentation.registry import MODEL_NAME, Registered
+from segmentation.settings import load_settings
+
+
+@flow(name="train")
+def train(overrides: dict[str, Any] | None = None, isolated: bool = True) -> dict[str, Any]:
+    """Run the DVC pipeline as an experiment and register its model.
+
+    Args:
+        overrides: values that replace those of params.yaml for this run, by dotted key: {"train.epochs": 2}.
+        isolated: run in a temporary copy, so that the checkout is not touched; else in the checkout itself.
+    """
+    overrides = overrides or {}
+    load_settings(project_root() / "params.yaml", overrides)
+    name = experiment.new_name()
+    run_id = _open_run(name)
+    status = "FAILED"
+    try:
+        revision = run_pipeline(name, overrides, isolated, run_id)
+        folder = copy_out(revision)
+        publish(folder)
+        try:
+            registered = register_model(revision, folder, run_id)
+        except PipelineError as error:
+            raise PipelineError(
+                f"{error}\nThe training is done and kept as experiment {name}; once the tracking server is back: "
+                f"python -m flows.register {name}"
+            ) from error
+        status = "FINISHED"
+    finally:
+        _close_run(run_id, status)
+    return _summary(name, folder, registered)
+
+
+@task(cache_policy=NO_CACHE)
+def run_pipeline(name: str, overrides: dict[str, Any], isolated: bool, run_id: str | None) -> Revision:
+    """`dvc exp run` with live output; finished stages come from the cache."""
+    from segmentation.registry import tracking_uri
+
+    log = get_run_logger()
+    env = {"MLFLOW_TRACKING_URI": tracking_uri(), "MLFLOW_RUN_ID": run_id} if run_id else {}
+    return experiment.run_experiment(name, overrides, isolated, env, log.info)
+
+
+@task(cache_policy=NO_CACHE)
+def copy_out(revision: Revision) -> Path:
+    """The run's report, pictures, metrics and model to `runs/<experiment>/`."""
+    return experiment.copy_out(revision)
+
+
+@task(cache_policy=NO_CACHE)
+def publish(folder: Path) -> None:
+    """The run's results as Prefect artifacts."""
+    metrics = json.loads((folder / EVALUATION / "metrics.json").read_text(encoding="utf-8"))
+    checks = json.loads((folder / DATA_CHECKS).read_text(encoding="utf-8"))
+    history = pd.read_csv(folder / TRAINING / "history.csv")
+    small = metrics["training_size"]
+    create_markdown_artifact(
+        key="training-result",
+        description=f"Scores of {folder.name}",
+        markdown=f"# {folder.name}\n\n"
+        "| | photo's own size | training size |\n|---|---|---|\n"
+        + "".join(
+            f"| {name} | {metrics[key]:.4f} | {small[key]:.4f} |\n"
+            for name, key in (
+                ("mIoU (VOC)", "miou"),
+                ("pixel accuracy", "pixel_accuracy"),
+                ("mean class accuracy", "mean_class_accuracy"),
+            )
+        )
+        + f'| the report\'s "mIoU" | | {small["report_miou"]:.4f} |\n\n'
+        f"Data checks: {checks['result']}. Files and pictures: `{folder}`",
+    )
+    create_table_artifact(
+        key="training-epochs", description=f"Epochs of {folder.name}", table=history.to_dict(orient="records")
+    )
+
+
+def _open_run(name: str) -> str | None:
+    """A run for the live curves; training goes on without one when the tracking server is away."""
+    from segmentation.registry import start_run
+
+    try:
+        return start_run(name)
+    except PipelineError as error:
+        get_run_logger().warning("%s. Training goes on without live curves.", error)
+        return None
+
+
+def _close_run(run_id: str | None, status: str) -> None:
+    from segmentation.registry import end_run
+
+    if run_id is None:
+        return
+    try:
+        end_run(run_id, status)
+    except PipelineError as error:
+        get_run_logger().warning("%s. The MLflow run %s stays open.", error, run_id)
+
+
+def _summary(name: str, folder: Path, registered: Registered) -> dict[str, Any]:
+    metrics = json.loads((folder / EVALUATION / "metrics.json").read_text(encoding="utf-8"))
+    return {
+        "experiment": name,
+        "miou": metrics["miou"],
+        "pixel_accuracy": metrics["pixel_accuracy"],
+        "version": registered.version,
+        "aliases": list(registered.aliases),
+        "folder": str(folder),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description="Train, evaluate and register here and now, without a Prefect server.",
+        epilog="With `make services` running: prefect deployment run 'train/voc2012'",
+    )
+    parser.add_argument("--deployment", metavar="NAME", help="take the parameters of train/NAME in prefect.yaml")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of params.yaml")
+    parser.add_argument("--in-place", action="store_true", help="run in the checkout, not in a temporary copy")
+    arguments = parser.parse_args()
+    yaml = YAML(typ="safe")
+    try:
+        overrides = _deployment_overrides(arguments.deployment) if arguments.deployment else {}
+        for setting in arguments.set:
+            key, separator, value = setting.partition("=")
+            if not separator:
+                raise PipelineError(f"--set {setting}: write it as key=value, for example train.epochs=2")
+            overrides[key] = yaml.load(value)
+        with without_server():
+            result = train(overrides, isolated=not arguments.in_place)
+    except PipelineError as error:
+        sys.exit(f"error: {error}")
+    aliases = ", ".join(f"models:/{MODEL_NAME}@{alias}" for alias in result["aliases"])
+    print(
+        f"\n  mIoU            {result['miou']:.4f} on the val split (pixel accuracy {result['pixel_accuracy']:.4f})\n"
+        f"  model           models:/{MODEL_NAME}/{result['version']}  {aliases}\n"
+        f"  experiment      {result['experiment']}\n"
+        f"  look at         {result['folder']}/{EVALUATION}/panels.png\n"
+        "  next            make services   (Prefect and MLflow in the browser)\n"
+    )
+
+
+def _deployment_overrides(name: str) -> dict[str, Any]:
+    file = project_root() / "prefect.yaml"
+    deployments = YAML(typ="safe").load(file.read_text(encoding="utf-8"))["deployments"]
+    known = {entry["name"]: entry for entry in deployments if entry["entrypoint"].startswith("flows/train.py")}
+    if name not in known:
+        raise PipelineError(f"--deployment {name}: {file.name} has {', '.join(known)}")
+    return dict(known[name].get("parameters", {}).get("overrides") or {})
+
+
+if __name__ == "__main__":
+    main()

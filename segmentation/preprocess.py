@@ -1,0 +1,153 @@
+"""Resize every listed pair to the training size and describe it in the manifest.
+
+A faulty pair does not stop the run: its row says what is wrong, and `validate` judges all of them together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from segmentation.errors import PipelineError
+from segmentation.files import atomic_path
+from segmentation.images import Pixels, mask_image, read_mask, read_photo, resize_mask, resize_photo
+from segmentation.voc import SPLITS, VOID, VocFolder, is_safe_id
+
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("split", pa.string()),
+        ("photo_problem", pa.string()),
+        ("mask_problem", pa.string()),
+        ("photo_format", pa.string()),
+        ("photo_width", pa.int64()),
+        ("photo_height", pa.int64()),
+        ("mask_width", pa.int64()),
+        ("mask_height", pa.int64()),
+        ("size", pa.int64()),
+        ("original_labels", pa.list_(pa.int64())),
+        ("labels", pa.list_(pa.int64())),
+        ("pixels", pa.list_(pa.int64())),
+        ("void_share", pa.float64()),
+        ("image_sha256", pa.string()),
+        ("mask_sha256", pa.string()),
+    ]
+)
+
+
+@dataclass
+class Pair:
+    """What the manifest says of one listed pair; `None` where a fault left it unknown."""
+
+    photo_problem: str | None = None
+    mask_problem: str | None = None
+    photo_format: str | None = None
+    photo_width: int | None = None
+    photo_height: int | None = None
+    mask_width: int | None = None
+    mask_height: int | None = None
+    original_labels: list[int] | None = None
+    labels: list[int] | None = None
+    pixels: list[int] | None = field(default=None)
+    void_share: float | None = None
+    image_sha256: str | None = None
+    mask_sha256: str | None = None
+
+
+def preprocess(raw: Path, processed: Path, size: int) -> None:
+    """Write `images/<id>.png`, `masks/<id>.png` and `manifest.parquet` (columns: `SCHEMA`) under `processed`.
+
+    Runs on all cores; memory does not grow with the number of pairs.
+
+    Args:
+        raw: a folder in VOC layout.
+        processed: the output folder.
+        size: side of the square that photos and masks are resized to, pixels.
+    """
+    folder = VocFolder(raw)
+    classes = len(folder.classes())
+    listed = [(split, identifier) for split in SPLITS for identifier in folder.ids(split)]
+    identifiers = list(dict.fromkeys(identifier for _, identifier in listed))
+    for name in ("images", "masks"):
+        (processed / name).mkdir(parents=True, exist_ok=True)
+
+    pairs: dict[str, Pair] = {}
+    with tqdm(total=len(identifiers), desc=f"resize to {size}", unit="pair", disable=None) as bar:
+        for identifier, pair in _process_all(raw, processed, size, classes, identifiers):
+            pairs[identifier] = pair
+            bar.update()
+
+    rows = [{"id": name, "split": split, "size": size, **asdict(pairs[name])} for split, name in listed]
+    with atomic_path(processed / "manifest.parquet") as temporary:
+        pq.write_table(pa.Table.from_pylist(rows, SCHEMA), temporary)
+    faulty = sum(bool(pair.photo_problem or pair.mask_problem) for pair in pairs.values())
+    counts = ", ".join(f"{sum(split == s for s, _ in listed)} {split}" for split in SPLITS)
+    print(f"preprocess: {counts} pairs at {size}×{size}" + (f"; {faulty} faulty, see validate" if faulty else ""))
+
+
+def _process_all(
+    raw: Path, processed: Path, size: int, classes: int, identifiers: list[str]
+) -> Iterator[tuple[str, Pair]]:
+    """Process pairs on all cores, a bounded number in flight; yields them as they finish."""
+    workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 32)
+    waiting = iter(identifiers)
+    with ProcessPoolExecutor(workers, mp_context=get_context("forkserver")) as pool:
+        running: dict[Future[Pair], str] = {}
+        while True:
+            for identifier in islice(waiting, 4 * workers - len(running)):
+                running[pool.submit(_process, raw, processed, size, classes, identifier)] = identifier
+            if not running:
+                return
+            for done in wait(running, return_when=FIRST_COMPLETED).done:
+                yield running.pop(done), done.result()
+
+
+def _process(raw: Path, processed: Path, size: int, classes: int, identifier: str) -> Pair:
+    pair = Pair()
+    if not is_safe_id(identifier):
+        pair.photo_problem = pair.mask_problem = f"id {identifier!r} is no plain file name"
+        return pair
+    folder = VocFolder(raw)
+    try:
+        photo, pair.photo_format = read_photo(folder.photo(identifier))
+        pair.photo_width, pair.photo_height = photo.size
+        photo = resize_photo(photo, size)
+        pair.image_sha256 = hashlib.sha256(photo.tobytes()).hexdigest()
+        with atomic_path(processed / "images" / f"{identifier}.png") as temporary:
+            photo.save(temporary, compress_level=1)
+    except FileNotFoundError:
+        pair.photo_problem = f"JPEGImages/{identifier}.jpg is missing"
+    except PipelineError as error:
+        pair.photo_problem = str(error)
+    try:
+        original = read_mask(folder.mask(identifier))
+        pair.mask_height, pair.mask_width = original.shape
+        pair.original_labels = np.unique(original).tolist()
+        mask = resize_mask(original, size)
+        _describe(pair, mask, classes)
+        with atomic_path(processed / "masks" / f"{identifier}.png") as temporary:
+            mask_image(mask).save(temporary)
+    except FileNotFoundError:
+        pair.mask_problem = f"SegmentationClass/{identifier}.png is missing"
+    except PipelineError as error:
+        pair.mask_problem = str(error)
+    return pair
+
+
+def _describe(pair: Pair, mask: Pixels, classes: int) -> None:
+    counts = np.bincount(mask.ravel(), minlength=256)
+    pair.labels = np.flatnonzero(counts).tolist()
+    pair.pixels = counts[:classes].tolist()
+    pair.void_share = float(counts[VOID] / mask.size)
+    pair.mask_sha256 = hashlib.sha256(mask.tobytes()).hexdigest()

@@ -1,0 +1,41 @@
+"""The registered model: an MLflow pyfunc kept as this code and two plain files, no pickle.
+
+MLflow runs this file to load the model (models from code), so what it imports is what a bare environment needs.
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from mlflow.models import set_model
+from mlflow.pyfunc.model import PythonModel, PythonModelContext
+
+from segmentation.images import mask_image, read_photo
+from segmentation.predictor import Predictor
+
+
+class SegmentationModel(PythonModel):
+    """A frame with a binary column `image` (JPEG or PNG bytes) to one with a binary column `mask`.
+
+    A mask is a palette PNG of class ids at the photo's own size (upright, EXIF orientation applied).
+    """
+
+    def load_context(self, context: PythonModelContext) -> None:
+        self.predictor = Predictor.load(Path(context.artifacts["model"]))
+
+    def predict(
+        self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
+    ) -> pd.DataFrame:
+        return pd.DataFrame({"mask": [self._mask_png(image) for image in model_input["image"]]})
+
+    def _mask_png(self, image: bytes) -> bytes:
+        photo, _ = read_photo(image)
+        stream = io.BytesIO()
+        mask_image(self.predictor.mask(photo)).save(stream, "PNG")
+        return stream.getvalue()
+
+
+set_model(SegmentationModel())

@@ -1,0 +1,14 @@
+"""Bring photos and masks into data/raw, in VOC layout."""
+
+from segmentation.settings import Settings
+from stages._stage import run_stage
+
+
+def main(settings: Settings) -> None:
+    from segmentation.fetch import fetch
+
+    fetch(settings.fetch)
+
+
+if __name__ == "__main__":
+    run_stage(main, __doc__)

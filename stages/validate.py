@@ -1,0 +1,22 @@
+"""Let Great Expectations judge every mask of data/processed; a broken critical rule fails the stage."""
+
+from segmentation.paths import DATA_CHECKS, MANIFEST, PROCESSED, RAW, scratch
+from segmentation.settings import Settings
+from segmentation.voc import VocFolder
+from stages._stage import run_stage
+
+
+def main(settings: Settings) -> None:
+    from segmentation.checks import check_masks
+    from segmentation.files import sha256_file, write_json
+
+    classes = VocFolder(RAW).classes()
+    docs = scratch() / "data_docs" / sha256_file(MANIFEST)[:12]
+    checks = check_masks(PROCESSED, classes, settings.preprocess.size, settings.validate_.max_void_share, docs)
+    print(f"validate: Data Docs in {checks.docs_index}", flush=True)
+    checks.raise_if_critical()
+    write_json(DATA_CHECKS, checks.to_json())
+
+
+if __name__ == "__main__":
+    run_stage(main, __doc__)

@@ -1,0 +1,495 @@
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from segmentation.checks import DataChecks, check_masks
+from segmentation.errors import PipelineError
+from segmentation.images import Pixels, mask_image, read_mask
+from segmentation.mask_rules import rules
+from segmentation.preprocess import SCHEMA, preprocess
+from segmentation.voc import VOID
+
+CLASSES = ["background", "cat", "dog", "car"]
+SIZE = 16
+
+
+@dataclass
+class Pair:
+    """A listed pair in order; tests break one thing of it. `row` overrides what the manifest says."""
+
+    id: str
+    split: str
+    photo: Pixels
+    mask: Pixels
+    row: dict[str, Any] = field(default_factory=dict)
+
+    def manifest_row(self) -> dict[str, Any]:
+        counts = np.bincount(self.mask.ravel(), minlength=256)
+        row = {
+            "id": self.id,
+            "split": self.split,
+            "photo_format": "JPEG",
+            "photo_width": 50,
+            "photo_height": 40,
+            "mask_width": 50,
+            "mask_height": 40,
+            "size": SIZE,
+            "original_labels": np.flatnonzero(counts).tolist(),
+            "labels": np.flatnonzero(counts).tolist(),
+            "pixels": counts[: len(CLASSES)].tolist(),
+            "void_share": float(counts[VOID] / self.mask.size),
+            "image_sha256": hashlib.sha256(self.photo.tobytes()).hexdigest(),
+            "mask_sha256": hashlib.sha256(self.mask.tobytes()).hexdigest(),
+        }
+        return dict.fromkeys(SCHEMA.names) | row | self.row
+
+    def lose_photo(self, problem: str) -> None:
+        nothing = dict.fromkeys(("photo_format", "photo_width", "photo_height", "image_sha256"))
+        self.row |= nothing | {"photo_problem": problem}
+
+    def lose_mask(self, problem: str) -> None:
+        nothing = ("mask_width", "mask_height", "original_labels", "labels", "pixels", "void_share", "mask_sha256")
+        self.row |= dict.fromkeys(nothing) | {"mask_problem": problem}
+
+
+Pairs = dict[str, Pair]
+
+
+def pair(identifier: str, split: str, seed: int) -> Pair:
+    photo = np.random.default_rng(seed).integers(0, 256, (SIZE, SIZE, 3), np.uint8)
+    mask = np.zeros((SIZE, SIZE), np.uint8)
+    mask[2:8, 2:8] = 1 + seed % 3
+    mask[1, 2:8] = VOID
+    return Pair(identifier, split, photo, mask)
+
+
+def clean() -> Pairs:
+    names = {"t0": "train", "t1": "train", "t2": "train", "v0": "val", "v1": "val", "v2": "val"}
+    return {name: pair(name, split, seed) for seed, (name, split) in enumerate(names.items())}
+
+
+def write(folder: Path, pairs: list[Pair]) -> Path:
+    for name in ("images", "masks"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    for each in pairs:
+        if not each.row.get("photo_problem"):
+            Image.fromarray(each.photo).save(folder / "images" / f"{each.id}.png")
+        if not each.row.get("mask_problem"):
+            mask_image(each.mask).save(folder / "masks" / f"{each.id}.png")
+    rows = [each.manifest_row() for each in pairs]
+    pq.write_table(pa.Table.from_pylist(rows, SCHEMA), folder / "manifest.parquet")
+    return folder
+
+
+def check(folder: Path, docs: Path | None = None, max_void_share: float = 0.5) -> DataChecks:
+    return check_masks(folder, CLASSES, SIZE, max_void_share, docs)
+
+
+def broken(checks: DataChecks) -> dict[str, list[tuple[str, str]]]:
+    return {
+        rule.rule: [(offender.file, offender.found) for offender in rule.offenders]
+        for rule in checks.rules
+        if not rule.passed
+    }
+
+
+def test_a_clean_folder_passes_every_rule(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    pairs = clean()
+    checks = check(write(tmp_path, list(pairs.values())))
+    assert any(VOID in np.unique(each.mask) for each in pairs.values())
+    assert all(rule.passed and not rule.offenders for rule in checks.rules)
+    assert [rule.rule for rule in checks.rules] == [rule.name for rule in rules(CLASSES, SIZE, 0.5)]
+    assert checks.result == checks.to_json()["result"] == "passed"
+    assert {name: split.pairs for name, split in checks.splits.items()} == {"train": 3, "val": 3}
+    checks.raise_if_critical()
+    out, err = capfd.readouterr()
+    assert out == f"validate: 3 train, 3 val pairs, {len(checks.rules)} rules: passed\n"
+    assert err == ""  # no progress bar of anybody's
+
+
+def drop_val(pairs: Pairs) -> None:
+    for name in ("v0", "v1", "v2"):
+        del pairs[name]
+
+
+def unsafe_id(pairs: Pairs) -> None:
+    bad = pairs["v0"]
+    bad.id = "../escape"
+    bad.lose_photo("id '../escape' is no plain file name")
+    bad.lose_mask("id '../escape' is no plain file name")
+
+
+def in_both_splits(pairs: Pairs) -> None:
+    again = pair("t0", "val", 0)
+    pairs["t0 again"] = again
+
+
+def listed_twice(pairs: Pairs) -> None:
+    pairs["v1 again"] = pair("v1", "val", 4)
+
+
+def missing_photo(pairs: Pairs) -> None:
+    pairs["v0"].lose_photo("JPEGImages/v0.jpg is missing")
+
+
+def truncated_photo(pairs: Pairs) -> None:
+    pairs["t0"].lose_photo("JPEGImages/t0.jpg: no readable JPEG or PNG: image file is truncated")
+
+
+def missing_mask(pairs: Pairs) -> None:
+    pairs["v2"].lose_mask("SegmentationClass/v2.png is missing")
+
+
+def original_sizes_differ(pairs: Pairs) -> None:
+    pairs["v0"].row |= {"mask_width": 40, "mask_height": 50}
+
+
+def photo_of_wrong_size(pairs: Pairs) -> None:
+    pairs["v0"].photo = pairs["v0"].photo[:12].copy()
+
+
+def mask_of_wrong_size(pairs: Pairs) -> None:
+    pairs["v0"].mask = pairs["v0"].mask[:, :12].copy()
+
+
+def unknown_label(pairs: Pairs) -> None:
+    pairs["t1"].mask[9:11, 3] = [4, 200]
+
+
+def new_label(pairs: Pairs) -> None:
+    pairs["t1"].row["original_labels"] = [0, VOID]
+
+
+def all_void(pairs: Pairs) -> None:
+    pairs["v0"].mask[:] = VOID
+
+
+def much_void(pairs: Pairs) -> None:
+    pairs["v0"].mask[8:] = VOID
+
+
+def changed_mask(pairs: Pairs) -> None:
+    pairs["v0"].row["mask_sha256"] = "0" * 64
+
+
+def changed_photo(pairs: Pairs) -> None:
+    pairs["v0"].row["image_sha256"] = None
+
+
+def same_photo(pairs: Pairs) -> None:
+    pairs["v1"].photo = pairs["t2"].photo
+
+
+def val_only_class(pairs: Pairs) -> None:
+    pairs["t2"].mask[pairs["t2"].mask == 3] = 1
+
+
+def png_named_jpg(pairs: Pairs) -> None:
+    pairs["t0"].row["photo_format"] = "PNG"
+
+
+CASES: list[tuple[Callable[[Pairs], None], str, str, str]] = [
+    (drop_val, "splits_have_pairs", "ImageSets/Segmentation/val.txt", "lists no pair"),
+    (unsafe_id, "id_is_file_name", "ImageSets/Segmentation/val.txt", "id '../escape'"),
+    (in_both_splits, "id_in_one_split", "ImageSets/Segmentation/val.txt", "id 't0' is in train.txt too"),
+    (listed_twice, "id_listed_once", "ImageSets/Segmentation/val.txt", "id 'v1' is listed 2 times"),
+    (missing_photo, "photo_readable", "JPEGImages/v0.jpg", "is missing"),
+    (truncated_photo, "photo_readable", "JPEGImages/t0.jpg", "no readable JPEG or PNG: image file is truncated"),
+    (missing_mask, "mask_readable", "SegmentationClass/v2.png", "is missing"),
+    (original_sizes_differ, "sizes_match", "SegmentationClass/v0.png", "mask is 40×50, its photo 50×40"),
+    (photo_of_wrong_size, "photo_has_training_size", "JPEGImages/v0.jpg", "processed copy images/v0.png is 16×12"),
+    (mask_of_wrong_size, "mask_has_training_size", "SegmentationClass/v0.png", "processed copy masks/v0.png is 12×16"),
+    (unknown_label, "labels_are_classes", "SegmentationClass/t1.png", "labels 4, 200"),
+    (new_label, "no_new_labels", "SegmentationClass/t1.png", "labels 2 are in the processed copy only"),
+    (all_void, "mask_not_all_void", "SegmentationClass/v0.png", "every pixel is void"),
+    (much_void, "void_share", "SegmentationClass/v0.png", "void share 0.5234"),
+    (
+        changed_mask,
+        "copies_unchanged",
+        "SegmentationClass/v0.png",
+        "processed copy masks/v0.png is not what the manifest describes",
+    ),
+    (
+        changed_photo,
+        "copies_unchanged",
+        "JPEGImages/v0.jpg",
+        "processed copy images/v0.png is not what the manifest describes",
+    ),
+    (same_photo, "photo_in_one_split", "JPEGImages/v1.jpg", "same picture in train: t2"),
+    (val_only_class, "val_classes_in_train", "ImageSets/Segmentation/train.txt", "class 3 (car)"),
+    (png_named_jpg, "photo_is_jpeg", "JPEGImages/t0.jpg", "is a PNG"),
+]
+
+
+@pytest.mark.parametrize(("fault", "rule", "file", "found"), CASES, ids=[case[0].__name__ for case in CASES])
+def test_a_fault_breaks_its_rule_and_no_other(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    fault: Callable[[Pairs], None],
+    rule: str,
+    file: str,
+    found: str,
+) -> None:
+    pairs = clean()
+    fault(pairs)
+    checks = check(write(tmp_path, list(pairs.values())))
+    offenders = broken(checks)
+    assert list(offenders) == [rule]
+    assert len(offenders[rule]) == 1
+    assert offenders[rule][0][0] == file
+    assert offenders[rule][0][1].startswith(found)
+    (judged,) = [each for each in checks.rules if each.rule == rule]
+    if judged.severity == "critical":
+        assert checks.result == "failed"
+        with pytest.raises(PipelineError) as error:
+            checks.raise_if_critical()
+        text = str(error.value)
+    else:
+        assert checks.result == "passed with warnings"
+        checks.raise_if_critical()
+        text = capsys.readouterr().out
+        assert f"warning: {rule}" in text
+    assert file in text
+    assert found in text
+    assert judged.remedy in text
+
+
+def test_every_rule_has_a_case_that_breaks_it() -> None:
+    elsewhere = {"mask_has_one_channel"}  # test_a_colour_mask_…
+    assert {case[1] for case in CASES} | elsewhere == {rule.name for rule in rules(CLASSES, SIZE, 0.5)}
+
+
+def test_a_colour_mask_is_told_from_an_unreadable_one(tmp_path: Path) -> None:
+    colour = tmp_path / "raw" / "SegmentationClass" / "v0.png"
+    colour.parent.mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(colour)
+    with pytest.raises(PipelineError) as refused:
+        read_mask(colour)
+    pairs = clean()
+    pairs["v0"].lose_mask(str(refused.value))
+    processed = write(tmp_path / "processed", list(pairs.values()))
+    Image.new("RGBA", (SIZE, SIZE)).save(processed / "masks" / "v1.png")
+    assert broken(check(processed)) == {
+        "mask_has_one_channel": [("SegmentationClass/v0.png", "mode RGB"), ("SegmentationClass/v1.png", "mode RGBA")]
+    }
+
+
+def test_written_files_are_read_back(tmp_path: Path) -> None:
+    processed = write(tmp_path, list(clean().values()))
+    (processed / "masks" / "t0.png").unlink()
+    (processed / "masks" / "t1.png").write_bytes((processed / "masks" / "t1.png").read_bytes()[:90])
+    (processed / "images" / "v0.png").write_bytes(b"")
+    (processed / "images" / "v1.png").unlink()
+    Image.open(processed / "masks" / "v2.png").transpose(Image.Transpose.ROTATE_90).save(processed / "masks/v2.png")
+    offenders = broken(check(processed))
+    # Without t0 and t1 no readable mask of train shows classes 1 and 2: a warning, and true.
+    assert set(offenders) == {"mask_readable", "photo_readable", "copies_unchanged", "val_classes_in_train"}
+    masks, photos = dict(offenders["mask_readable"]), dict(offenders["photo_readable"])
+    assert masks["SegmentationClass/t0.png"] == "processed copy masks/t0.png is missing"
+    assert masks["SegmentationClass/t1.png"].startswith("processed copy masks/t1.png: no readable JPEG or PNG")
+    assert photos["JPEGImages/v0.jpg"].startswith("processed copy images/v0.png: no readable JPEG or PNG")
+    assert photos["JPEGImages/v1.jpg"] == "processed copy images/v1.png is missing"
+    assert [file for file, _ in offenders["copies_unchanged"]] == ["SegmentationClass/v2.png"]
+
+
+def test_all_of_many_offenders_are_listed(tmp_path: Path) -> None:
+    pairs = [pair(f"t{i}", "train", i) for i in range(60)] + [pair(f"v{i}", "val", 60 + i) for i in range(60)]
+    for i in range(0, 25):
+        pairs[i].lose_photo(f"JPEGImages/t{i}.jpg is missing")
+    for i in range(20, 50):
+        pairs[i].lose_mask(f"SegmentationClass/t{i}.png: " + "no readable JPEG or PNG: " + "long " * 200)
+    for i in range(60, 90):
+        pairs[i].mask[9:, 9:] = 77
+    for i in range(85, 120):
+        pairs[i].row["photo_format"] = "PNG"
+    checks = check(write(tmp_path, pairs))
+    assert {name: len(found) for name, found in broken(checks).items()} == {
+        "photo_readable": 25,
+        "mask_readable": 30,
+        "labels_are_classes": 30,
+        "photo_is_jpeg": 35,
+    }
+    with pytest.raises(PipelineError) as error:
+        checks.raise_if_critical()
+    lines = [line.split()[0] for line in str(error.value).splitlines() if line.startswith("    ")]
+    expected = {f"JPEGImages/t{i}.jpg" for i in range(25)} | {f"SegmentationClass/t{i}.png" for i in range(20, 50)}
+    expected |= {f"SegmentationClass/v{i}.png" for i in range(30)}
+    assert set(lines) == expected
+    assert len(lines) == len(expected)
+    assert max(map(len, str(error.value).splitlines())) < 240
+    report = {rule["rule"]: rule for rule in checks.to_json()["rules"]}
+    assert report["mask_readable"]["offenders"] == 30
+    assert len(report["mask_readable"]["first_offenders"]) == 20
+
+
+def test_a_fault_is_reported_once_where_an_id_is_listed_in_both_splits(tmp_path: Path) -> None:
+    pairs = clean()
+    in_both_splits(pairs)
+    for each in pairs.values():
+        if each.id == "t0":
+            each.lose_photo("JPEGImages/t0.jpg is missing")
+    offenders = broken(check(write(tmp_path, list(pairs.values()))))
+    assert {name: len(found) for name, found in offenders.items()} == {"id_in_one_split": 1, "photo_readable": 1}
+
+
+def test_an_unsafe_id_never_becomes_a_path(tmp_path: Path) -> None:
+    pairs = clean()
+    pairs["v0"].id = "../outside"  # the manifest claims that all is well
+    processed = write(tmp_path / "processed", [each for each in pairs.values() if each.id != "../outside"])
+    rows = [each.manifest_row() for each in pairs.values()]
+    pq.write_table(pa.Table.from_pylist(rows, SCHEMA), processed / "manifest.parquet")
+    (processed / "outside.png").write_bytes(b"bait")
+    assert list(broken(check(processed))) == ["id_is_file_name"]
+
+
+def test_an_empty_manifest_fails_for_both_splits(tmp_path: Path) -> None:
+    checks = check(write(tmp_path, []), docs=tmp_path / "docs")
+    assert broken(checks) == {
+        "splits_have_pairs": [
+            ("ImageSets/Segmentation/train.txt", "lists no pair"),
+            ("ImageSets/Segmentation/val.txt", "lists no pair"),
+        ]
+    }
+
+
+def test_a_manifest_of_faulty_pairs_only_names_each_file_once(tmp_path: Path) -> None:
+    pairs = clean()
+    for each in pairs.values():
+        each.lose_photo(f"JPEGImages/{each.id}.jpg is missing")
+        each.lose_mask(f"SegmentationClass/{each.id}.png is missing")
+    checks = check(write(tmp_path, list(pairs.values())), docs=tmp_path / "docs")
+    assert {name: len(found) for name, found in broken(checks).items()} == {"photo_readable": 6, "mask_readable": 6}
+
+
+def test_a_manifest_written_by_pandas_reads_the_same(tmp_path: Path) -> None:
+    pairs = clean()
+    missing_photo(pairs)
+    missing_mask(pairs)
+    processed = write(tmp_path, list(pairs.values()))
+    before = check(processed).to_json()
+    frame = pd.read_parquet(processed / "manifest.parquet")
+    assert isinstance(frame["labels"][0], np.ndarray)  # and nullable whole numbers have become floats
+    frame.to_parquet(processed / "manifest.parquet")
+    assert check(processed).to_json() == before
+
+
+def test_the_report_is_the_same_wherever_and_however_often(tmp_path: Path) -> None:
+    texts = []
+    for name in ("here", "there"):
+        pairs = clean()
+        missing_mask(pairs)
+        unknown_label(pairs)
+        processed = write(tmp_path / name, list(pairs.values()))
+        texts += [json.dumps(check(processed, docs).to_json()) for docs in (None, tmp_path / name / "docs")]
+    assert len(set(texts)) == 1
+    assert str(tmp_path) not in texts[0]
+
+
+def test_fingerprints_follow_the_content_of_their_split(tmp_path: Path) -> None:
+    pairs = clean()
+    before = check(write(tmp_path / "a", list(pairs.values()))).splits
+    assert check(write(tmp_path / "b", list(pairs.values())[::-1])).splits == before
+    pairs["t0"].mask[12, 12] = 1
+    after = check(write(tmp_path / "c", list(pairs.values()))).splits
+    assert after["train"].sha256 != before["train"].sha256
+    assert after["val"] == before["val"]
+
+
+def test_the_void_limit_is_inclusive(tmp_path: Path) -> None:
+    pairs = clean()
+    pairs["v0"].mask[:] = 1
+    pairs["v0"].mask[:8] = VOID
+    processed = write(tmp_path, list(pairs.values()))
+    assert broken(check(processed)) == {}
+    assert list(broken(check(processed, max_void_share=0.49))) == ["void_share"]
+
+
+def test_data_docs_name_every_rule_and_replace_older_ones(tmp_path: Path) -> None:
+    pairs = clean()
+    missing_mask(pairs)
+    processed = write(tmp_path / "processed", list(pairs.values()))
+    docs = tmp_path / "reports" / "docs"
+    for _ in range(2):
+        checks = check(processed, docs)
+    assert checks.docs_index == docs / "index.html"
+    (page,) = (docs / "validations").rglob("*.html")
+    assert page.name in checks.docs_index.read_text()
+    text = page.read_text()
+    for rule in checks.rules:
+        assert f"{rule.rule} ({rule.severity})" in text
+    assert "SegmentationClass/v2.png is missing" in text
+    assert [path.name for path in docs.parent.iterdir()] == ["docs"]
+    with pytest.raises(PipelineError, match=str(checks.docs_index)):
+        checks.raise_if_critical()
+
+
+def test_data_docs_run_no_script_from_a_list(tmp_path: Path) -> None:
+    pairs = clean()
+    unsafe_id(pairs)
+    pairs["v0"].id = "<script>alert(1)</script> & co"
+    checks = check(write(tmp_path / "processed", list(pairs.values())), tmp_path / "docs")
+    assert broken(checks) == {
+        "id_is_file_name": [("ImageSets/Segmentation/val.txt", "id '<script>alert(1)</script> & co'")]
+    }
+    pages = [path.read_text() for path in (tmp_path / "docs").rglob("*.html")]
+    assert not any("<script>alert" in page for page in pages)
+    assert any("&lt;script&gt;alert" in page for page in pages)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no parquet at all"])
+def test_an_unreadable_manifest_is_refused_with_the_remedy(tmp_path: Path, content: bytes | None) -> None:
+    if content is not None:
+        (tmp_path / "manifest.parquet").write_bytes(content)
+    with pytest.raises(PipelineError, match=r"manifest\.parquet: .*stages\.preprocess"):
+        check(tmp_path)
+
+
+def test_a_manifest_without_a_column_is_refused(tmp_path: Path) -> None:
+    table = pa.Table.from_pylist([clean()["t0"].manifest_row()], SCHEMA).drop_columns(["image_sha256"])
+    pq.write_table(table, tmp_path / "manifest.parquet")
+    with pytest.raises(PipelineError, match="lacks the columns image_sha256"):
+        check(tmp_path)
+
+
+def test_what_preprocess_writes_is_what_the_checks_read(tmp_path: Path) -> None:
+    raw = tmp_path / "raw"
+    for name in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (raw / name).mkdir(parents=True)
+    pairs = clean()
+    for each in pairs.values():
+        Image.fromarray(each.photo).resize((50, 40)).save(raw / "JPEGImages" / f"{each.id}.jpg")
+        mask_image(each.mask).resize((50, 40), Image.Resampling.NEAREST).save(
+            raw / "SegmentationClass" / f"{each.id}.png"
+        )
+    (raw / "classes.txt").write_text("\n".join(CLASSES))
+    (raw / "ImageSets/Segmentation/train.txt").write_text("t0\nt1\nt2\n")
+    (raw / "ImageSets/Segmentation/val.txt").write_text("v0\nv1\nv2\n")
+    preprocess(raw, tmp_path / "clean", SIZE)
+    assert broken(check(tmp_path / "clean")) == {}
+
+    (raw / "ImageSets/Segmentation/val.txt").write_text("v0\nv1\nv2\n../v2\nabsent\n")
+    Image.new("RGB", (50, 40)).save(raw / "SegmentationClass" / "v0.png")
+    photo = raw / "JPEGImages" / "v1.jpg"
+    photo.write_bytes(photo.read_bytes()[:-200])
+    Image.open(raw / "JPEGImages" / "v2.jpg").save(raw / "JPEGImages" / "v2.jpg", format="PNG")
+    preprocess(raw, tmp_path / "faulty", SIZE)
+    offenders = broken(check(tmp_path / "faulty"))
+    assert {name: [file for file, _ in found] for name, found in offenders.items()} == {
+        "id_is_file_name": ["ImageSets/Segmentation/val.txt"],
+        "photo_readable": ["JPEGImages/absent.jpg", "JPEGImages/v1.jpg"],
+        "mask_readable": ["SegmentationClass/absent.png"],
+        "mask_has_one_channel": ["SegmentationClass/v0.png"],
+        "photo_is_jpeg": ["JPEGImages/v2.jpg"],
+    }

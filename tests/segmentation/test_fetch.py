@@ -1,0 +1,195 @@
+import hashlib
+import http.server
+import io
+import os
+import tarfile
+import threading
+from functools import partial
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from segmentation.errors import PipelineError
+from segmentation.fetch import fetch
+from segmentation.settings import FetchSettings
+from segmentation.voc import CLASSES, SPLITS, VocFolder
+
+FILES = {
+    "ImageSets/Segmentation/train.txt": "a\nb\n",
+    "ImageSets/Segmentation/val.txt": "c\n",
+    **{f"JPEGImages/{name}.jpg": f"photo {name}" for name in "abc"},
+    **{f"SegmentationClass/{name}.png": f"mask {name}" for name in "abc"},
+}
+
+
+def settings(source: str, **changes: object) -> FetchSettings:
+    values: dict[str, object] = {
+        "source": source,
+        "archive": None,
+        "url": "http://127.0.0.1:9/voc.tar",
+        "md5": "0" * 32,
+        "directory": None,
+        "limit": None,
+    }
+    return FetchSettings.model_validate(values | changes)
+
+
+def write_folder(root: Path, files: dict[str, str] = FILES) -> Path:
+    for name, content in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(content)
+    return root
+
+
+def write_tar(path: Path) -> str:
+    """Write an archive of `FILES`; returns its md5."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in FILES.items():
+            member = tarfile.TarInfo(f"VOCdevkit/VOC2012/{name}")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content.encode()))
+    return hashlib.md5(path.read_bytes()).hexdigest()
+
+
+def read(root: Path) -> dict[str, str]:
+    return {str(path.relative_to(root)): path.read_text() for path in root.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(autouse=True)
+def raw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The checkout is a temporary folder; its data/raw."""
+    (tmp_path / "checkout").mkdir()
+    monkeypatch.chdir(tmp_path / "checkout")
+    monkeypatch.setattr("segmentation.archive.PAUSE", 0.0)
+    return Path("data/raw")
+
+
+@pytest.fixture
+def served(tmp_path: Path):  # type: ignore[no-untyped-def]
+    """URL of an archive of `FILES` on a local server, and its md5."""
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+    md5 = write_tar(tmp_path / "www" / "voc.tar")
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(tmp_path / "www")))
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/voc.tar", md5
+    server.shutdown()
+    server.server_close()
+
+
+def test_sample_is_drawn_and_counted(raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fetch(settings("sample", limit=2))
+    assert [len(VocFolder(raw).ids(split)) for split in SPLITS] == [2, 2]
+    assert "2 train, 2 val pairs of 21 classes" in capsys.readouterr().out
+    assert [path.name for path in raw.parent.iterdir()] == ["raw"]
+
+
+def test_a_local_archive_is_used_relative_to_the_checkout(raw: Path) -> None:
+    md5 = write_tar(Path("voc.tar"))
+    fetch(settings("voc2012", archive="voc.tar", md5=md5))
+    assert read(raw) == FILES | {"classes.txt": "".join(f"{name}\n" for name in CLASSES)}
+
+
+def test_a_local_archive_with_a_wrong_md5_is_kept(raw: Path) -> None:
+    write_tar(Path("voc.tar"))
+    with pytest.raises(PipelineError, match="md5"):
+        fetch(settings("voc2012", archive="voc.tar"))
+    assert Path("voc.tar").exists()
+    assert not raw.exists()
+
+
+def test_a_download_is_kept_for_the_next_run(served: tuple[str, str], raw: Path) -> None:
+    url, md5 = served
+    fetch(settings("voc2012", url=url, md5=md5))
+    assert Path("scratch/downloads/voc.tar").exists()
+    fetch(settings("voc2012", url="http://127.0.0.1:9/voc.tar", md5=md5, limit=1))
+    assert VocFolder(raw).ids("train") == ["a"]
+
+
+def test_a_download_with_a_wrong_md5_is_removed(served: tuple[str, str], raw: Path) -> None:
+    with pytest.raises(PipelineError, match="the next run downloads it again"):
+        fetch(settings("voc2012", url=served[0]))
+    assert not Path("scratch/downloads/voc.tar").exists()
+    assert not raw.exists()
+
+
+def test_a_second_download_at_the_same_time_says_so(served: tuple[str, str]) -> None:
+    Path("scratch/downloads").mkdir(parents=True)
+    with FileLock("scratch/downloads/voc.tar.lock"), pytest.raises(PipelineError, match="another run is downloading"):
+        fetch(settings("voc2012", url=served[0], md5=served[1]))
+
+
+def test_an_unreachable_host_leaves_the_data_as_they_were(raw: Path) -> None:
+    fetch(settings("sample", limit=1))
+    before = sorted(raw.rglob("*"))
+    with pytest.raises(PipelineError, match=r"fetch\.archive"):
+        fetch(settings("voc2012"))
+    assert sorted(raw.rglob("*")) == before
+    assert [path.name for path in raw.parent.iterdir()] == ["raw"]
+
+
+@pytest.mark.parametrize("below", ["", "VOC2012", "VOCdevkit/VOC2012"])
+def test_a_folder_is_copied_from_where_its_layout_is_found(below: str, raw: Path) -> None:
+    write_folder(Path("photos") / below, FILES | {"classes.txt": "ground\nthing\n", "JPEGImages/unlisted.jpg": "no"})
+    fetch(settings("directory", directory="photos"))
+    assert read(raw) == FILES | {"classes.txt": "ground\nthing\n"}
+
+
+def test_limit_cuts_the_lists_of_a_folder(raw: Path) -> None:
+    write_folder(Path("photos"))
+    fetch(settings("directory", directory="photos", limit=1))
+    assert VocFolder(raw).ids("train") == ["a"]
+    assert not VocFolder(raw).photo("b").exists()
+
+
+def test_linked_photos_are_copied_by_content(tmp_path: Path, raw: Path) -> None:
+    write_folder(Path("photos"))
+    photo = VocFolder(Path("photos")).photo("a")
+    photo.rename(tmp_path / "elsewhere.jpg")
+    photo.symlink_to(tmp_path / "elsewhere.jpg")
+    fetch(settings("directory", directory="photos"))
+    assert VocFolder(raw).photo("a").read_text() == "photo a"
+    assert not VocFolder(raw).photo("a").is_symlink()
+
+
+def test_missing_and_unsafe_pairs_stay_listed_and_are_counted(
+    tmp_path: Path, raw: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_folder(Path("photos"), FILES | {"ImageSets/Segmentation/train.txt": "a\nb\nabsent\n../../../secret\n"})
+    (tmp_path / "secret.jpg").write_text("secret")
+    VocFolder(Path("photos")).mask("b").unlink()
+    os.mkfifo(VocFolder(Path("photos")).mask("absent"))  # reading it would hang
+    fetch(settings("directory", directory="photos"))
+    assert VocFolder(raw).ids("train") == ["a", "b", "absent", "../../../secret"]
+    assert "secret" not in read(raw).values()
+    assert "3 of them without photo or mask" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("lacking", ["JPEGImages", "SegmentationClass", "val.txt", ""])
+def test_a_folder_without_the_layout_is_answered_with_it(lacking: str, raw: Path) -> None:
+    if lacking:
+        write_folder(Path("photos"), {name: text for name, text in FILES.items() if lacking not in name})
+    with pytest.raises(PipelineError, match=r"(?s)photos.*fetch\.directory.*ImageSets/Segmentation"):
+        fetch(settings("directory", directory="photos"))
+    assert not raw.exists()
+
+
+def test_the_stages_own_output_is_refused_as_its_source(raw: Path) -> None:
+    write_folder(raw)
+    with pytest.raises(PipelineError, match="own output"):
+        fetch(settings("directory", directory="data/raw"))
+    assert read(raw) == FILES
+
+
+def test_what_a_killed_run_left_is_removed_and_a_living_ones_is_not(raw: Path) -> None:
+    dead, alive = raw.with_name(".raw.999999999.tmp"), raw.with_name(f".raw.{os.getppid()}.tmp")
+    for path in (dead, alive):
+        path.mkdir(parents=True)
+    fetch(settings("sample", limit=1))
+    assert not dead.exists()
+    assert alive.exists()

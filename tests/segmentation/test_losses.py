@@ -1,0 +1,84 @@
+import pytest
+import torch
+from segmentation_models_pytorch.losses import LovaszLoss
+
+from segmentation.losses import lovasz_softmax
+
+reference = LovaszLoss("multiclass", ignore_index=255)
+
+
+def value_and_gradient(loss, logits, mask):
+    logits = logits.clone().requires_grad_()
+    value = loss(logits, mask)
+    (gradient,) = torch.autograd.grad(value, logits)
+    return value.detach(), gradient
+
+
+def random_case(seed: int, classes: int = 21, size: int = 40):
+    generator = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(2, classes, size, size, generator=generator)
+    mask = torch.randint(0, classes, (2, size, size), generator=generator)
+    mask[torch.rand(mask.shape, generator=generator) < 0.1] = 255
+    return logits, mask
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_equals_the_reference_in_value_and_gradient_with_void(seed):
+    logits, mask = random_case(seed)
+    ours, reference_ = value_and_gradient(lovasz_softmax, logits, mask), value_and_gradient(reference, logits, mask)
+    torch.testing.assert_close(ours[0], reference_[0])
+    torch.testing.assert_close(ours[1], reference_[1], rtol=1e-4, atol=1e-8)
+
+
+def test_equals_the_reference_on_real_masks(voc_subset):
+    from segmentation.images import read_mask, resize_mask
+    from segmentation.voc import VocFolder
+
+    folder = VocFolder(voc_subset)
+    masks = [resize_mask(read_mask(folder.mask(name)), 112) for name in folder.ids("val")[:4]]
+    mask = torch.stack([torch.tensor(m) for m in masks])
+    assert (mask == 255).any()
+    logits = torch.nn.functional.one_hot(mask.long() % 255, 21).movedim(-1, 1) * 2.0 + torch.randn(4, 21, 112, 112)
+    ours, reference_ = value_and_gradient(lovasz_softmax, logits, mask), value_and_gradient(reference, logits, mask)
+    torch.testing.assert_close(ours[0], reference_[0])
+    torch.testing.assert_close(ours[1], reference_[1], rtol=1e-4, atol=1e-8)
+
+
+def test_void_pixels_take_no_gradient():
+    logits, mask = random_case(7)
+    _, gradient = value_and_gradient(lovasz_softmax, logits, mask)
+    assert gradient.movedim(1, 0)[:, mask == 255].abs().max() == 0
+    assert gradient.movedim(1, 0)[:, mask != 255].abs().max() > 0
+
+
+def test_one_class_only_equals_the_reference():
+    logits, mask = random_case(3)
+    mask[mask != 255] = 5
+    torch.testing.assert_close(lovasz_softmax(logits, mask), reference(logits, mask))
+
+
+def test_all_void_is_zero_with_a_zero_gradient():
+    logits, mask = random_case(3)
+    value, gradient = value_and_gradient(lovasz_softmax, logits, torch.full_like(mask, 255))
+    assert value == 0
+    assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+def test_a_perfect_prediction_costs_nothing_and_a_wrong_one_everything():
+    _, mask = random_case(1)
+    truth = torch.nn.functional.one_hot(mask % 255, 21).movedim(-1, 1).float()
+    assert lovasz_softmax(100 * truth, mask) < 1e-6
+    assert lovasz_softmax(100 * truth.roll(1, dims=1), mask) > 0.999
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_logits_are_computed_in_float32(dtype):
+    logits, mask = random_case(2)
+    half = logits.to(dtype)
+    assert lovasz_softmax(half, mask).dtype == torch.float32
+    torch.testing.assert_close(lovasz_softmax(half, mask), lovasz_softmax(half.float(), mask))
+
+
+def test_byte_masks_mean_the_same_as_integer_ones():
+    logits, mask = random_case(4)
+    assert lovasz_softmax(logits, mask.to(torch.uint8)) == lovasz_softmax(logits, mask)

@@ -1,0 +1,81 @@
+import pytest
+
+from segmentation.errors import PipelineError
+from segmentation.settings import load_settings
+
+
+@pytest.fixture
+def params(root):
+    return root / "params.yaml"
+
+
+def test_the_defaults_are_the_report(params):
+    settings = load_settings(params)
+    assert settings.preprocess.size == 518
+    assert settings.encoder.name == "vit_base_patch14_dinov2"
+    assert settings.encoder.pretrained
+    assert settings.encoder.trainable_blocks == 1
+    assert settings.decoder.channels == [512, 256, 128, 64]
+    assert (settings.train.epochs, settings.train.batch_size, settings.train.lr) == (8, 2, 1e-4)
+
+
+def test_every_key_has_a_comment(params):
+    lines = [line for line in params.read_text().splitlines() if line.startswith("  ")]
+    assert lines
+    assert [line for line in lines if "# " not in line] == []
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ({"train.epoch": 3}, ["train.epoch: unknown key", "3", "train.epochs"]),
+        ({"trian.epochs": 3}, ["trian: unknown key", "did you mean train"]),
+        ({"train.epochs": "eight"}, ["train.epochs", "'eight'", "integer"]),
+        ({"train.epochs": 2.4}, ["train.epochs", "2.4", "nearest valid value is 2"]),
+        ({"train.epochs": 0}, ["train.epochs", "0", "at least 1"]),
+        ({"train.lr": "1e-4"}, ["train.lr", "'1e-4'", "nearest valid value is 0.0001"]),
+        ({"train.keep": "bst"}, ["train.keep", "'bst'", "nearest is best"]),
+        ({"fetch.source": "voc"}, ["fetch.source", "'voc'", "nearest is voc2012"]),
+        ({"fetch.source": "directory"}, ["fetch", "fetch.directory"]),
+        ({"encoder.pretrained": "yes"}, ["encoder.pretrained", "'yes'", "boolean"]),
+        ({"preprocess.size": 500}, ["preprocess.size", "500", "14", "nearest valid size is 504"]),
+        ({"preprocess.size": 224, "encoder.name": "vit_base_patch32_224"}, []),
+        ({"epochs": 3}, ["'epochs'", "section.key"]),
+    ],
+)
+def test_a_refusal_names_key_value_and_nearest_valid_one(params, override, says):
+    if not says:
+        assert load_settings(params, override)
+        return
+    with pytest.raises(PipelineError) as refusal:
+        load_settings(params, override)
+    for words in says:
+        assert words in str(refusal.value)
+
+
+def test_all_refusals_are_listed_together(params):
+    with pytest.raises(PipelineError) as refusal:
+        load_settings(params, {"train.epochs": 0, "train.keep": "x", "validate.foo": 1})
+    for key in ("train.epochs", "train.keep", "validate.foo"):
+        assert key in str(refusal.value)
+
+
+def test_a_number_as_dvc_writes_it_is_a_number(tmp_path, params):
+    edited = tmp_path / "params.yaml"
+    edited.write_text(params.read_text().replace("lr: 1.0e-4", "lr: 1e-3"))
+    assert load_settings(edited).train.lr == 1e-3
+
+
+def test_a_missing_or_broken_file_is_named(tmp_path):
+    with pytest.raises(PipelineError, match=r"params\.yaml: not found"):
+        load_settings(tmp_path / "params.yaml")
+    broken = tmp_path / "params.yaml"
+    broken.write_text("train: [")
+    with pytest.raises(PipelineError, match="not valid YAML"):
+        load_settings(broken)
+
+
+def test_settings_are_frozen(params):
+    settings = load_settings(params)
+    with pytest.raises(ValueError, match="frozen"):
+        settings.train.epochs = 3
