@@ -1,4 +1,4 @@
-"""Train, evaluate and register in one run: `prefect deployment run 'train/voc2012'`, or here: `python -m flows.train`."""
+"""Train, evaluate and register in one run: as deployments `train/…`, or by hand with `python -m flows.train`."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def publish(folder: Path) -> None:
         f"Data checks: {checks['result']}. Files and pictures: `{folder}`",
     )
     create_table_artifact(
-        key="training-epochs", description=f"Epochs of {folder.name}", table=history.to_dict(orient="records")
+        key="training-epochs", description=f"Epochs of {folder.name}", table=history.to_dict(orient="list")
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from segmentation.voc import VOID
 
@@ -30,6 +31,12 @@ def lovasz_softmax(logits: Tensor, mask: Tensor) -> Tensor:
         errors, order = errors.sort(descending=True)
         losses.append(torch.dot(errors, _jaccard_gradient(foreground[order].float())))
     return torch.stack(losses).mean()
+
+
+def cross_entropy(logits: Tensor, mask: Tensor) -> Tensor:
+    """Mean cross-entropy over labelled pixels, float32; all void gives 0 with a zero gradient, not torch's NaN."""
+    total = F.cross_entropy(logits.float(), mask.long(), ignore_index=VOID, reduction="sum")
+    return total / (mask != VOID).sum().clamp(min=1)
 
 
 def _jaccard_gradient(foreground: Tensor) -> Tensor:

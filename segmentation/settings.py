@@ -75,9 +75,17 @@ class TrainSettings(Section):
     epochs: int = Field(ge=1)
     batch_size: int = Field(ge=1)
     lr: float = Field(gt=0)
+    lovasz_softmax: float = Field(ge=0)
+    cross_entropy: float = Field(ge=0)
     keep: Literal["best", "last"]
     seed: int = Field(ge=0, lt=2**32)
     workers: int = Field(ge=0)
+
+    @model_validator(mode="after")
+    def _some_loss_has_weight(self) -> TrainSettings:
+        if self.lovasz_softmax + self.cross_entropy == 0:
+            raise ValueError("lovasz_softmax and cross_entropy are both 0; the report has lovasz_softmax: 1.0")
+        return self
 
 
 class EvaluateSettings(Section):

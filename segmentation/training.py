@@ -29,11 +29,11 @@ from segmentation.data import PairDataset, split_ids
 from segmentation.encoder import load_weights
 from segmentation.errors import PipelineError
 from segmentation.files import atomic_path, sha256_file, sha256_json
-from segmentation.losses import lovasz_softmax
+from segmentation.losses import cross_entropy, lovasz_softmax
 from segmentation.metrics import confusion_matrices, miou, pixel_accuracy, report_miou
 from segmentation.model import ModelCard, Segmenter
 from segmentation.paths import project_root
-from segmentation.settings import EncoderSettings, Settings
+from segmentation.settings import EncoderSettings, Settings, TrainSettings
 from segmentation.tracking import LiveCurves
 
 KEPT_CHECKPOINT_FOLDERS = 5
@@ -74,7 +74,7 @@ def train(settings: Settings, processed: Path, classes: list[str], models: Path,
     model = model_files.build(card)
     load_weights(model.encoder, settings.encoder, checkpoint)
     with _checkpoint_folder(scratch / "checkpoints" / _key(settings, card, processed)) as folder:
-        task = TrainingTask(model, settings.train.lr)
+        task = TrainingTask(model, settings.train)
         _fit(task, settings, processed, folder)
     epoch = settings.train.epochs
     if settings.train.keep == "best":
@@ -86,13 +86,13 @@ def train(settings: Settings, processed: Path, classes: list[str], models: Path,
 
 
 class TrainingTask(L.LightningModule):
-    """The report's recipe: Lovász-Softmax and AdamW; frozen weights are left out of checkpoints."""
+    """The report's recipe: AdamW on a weighted sum of losses; frozen weights are left out of checkpoints."""
 
     strict_loading = False
 
-    def __init__(self, model: Segmenter, lr: float) -> None:
+    def __init__(self, model: Segmenter, settings: TrainSettings) -> None:
         super().__init__()
-        self.model, self.lr = model, lr
+        self.model, self.settings = model, settings
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Any] = {"miou": -1.0, "epoch": 0, "state": {}}
         self._losses: list[Tensor] = []
@@ -100,7 +100,9 @@ class TrainingTask(L.LightningModule):
 
     def training_step(self, batch: Batch, _: int) -> Tensor:
         images, masks, ids = batch
-        loss = lovasz_softmax(self.model(images), masks)
+        logits = self.model(images)
+        weighted = ((lovasz_softmax, self.settings.lovasz_softmax), (cross_entropy, self.settings.cross_entropy))
+        loss = torch.stack([weight * function(logits, masks) for function, weight in weighted if weight]).sum()
         if not torch.isfinite(loss):
             raise PipelineError(f"train: the loss is {loss.item()} for {', '.join(ids)}; lower train.lr")
         self._losses.append(loss.detach())
@@ -129,7 +131,7 @@ class TrainingTask(L.LightningModule):
             self.best = {"miou": row["val_miou"], "epoch": row["epoch"], "state": state}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW((p for p in self.parameters() if p.requires_grad), lr=self.lr)
+        return torch.optim.AdamW((p for p in self.parameters() if p.requires_grad), lr=self.settings.lr)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         trained = {f"model.{key}" for key in self._trained_state()}

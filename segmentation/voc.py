@@ -67,13 +67,7 @@ class VocFolder:
             PipelineError: the list is missing or no UTF-8 text.
         """
         path = self.split_file(split)
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except FileNotFoundError:
-            raise PipelineError(f"{path}: not found; write one photo id a line, without .jpg") from None
-        except UnicodeDecodeError:
-            raise PipelineError(f"{path}: no UTF-8 text; write one photo id a line, without .jpg") from None
-        return [line.strip() for line in lines if line.strip()]
+        return _lines(path, "write one photo id a line, without .jpg")
 
     def classes(self) -> list[str]:
         """Class names by id, background first: those of `classes.txt`, else VOC's 21.
@@ -84,9 +78,20 @@ class VocFolder:
         path = self.classes_file
         if not path.exists():
             return list(CLASSES)
-        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        names = _lines(path, "write one class name a line, background first")
         if not 2 <= len(names) <= VOID:
             raise PipelineError(f"{path}: {len(names)} classes; it must name 2 to {VOID}, background first")
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise PipelineError(f"{path}: named more than once: {', '.join(twice)}")
         return names
+
+
+def _lines(path: Path, remedy: str) -> list[str]:
+    """The lines of a text file that are not blank, stripped, without a byte-order mark."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except FileNotFoundError:
+        raise PipelineError(f"{path}: not found; {remedy}") from None
+    except UnicodeDecodeError:
+        raise PipelineError(f"{path}: no UTF-8 text; {remedy}") from None
+    return [line.strip() for line in lines if line.strip()]

@@ -2,7 +2,7 @@ import pytest
 import torch
 from segmentation_models_pytorch.losses import LovaszLoss
 
-from segmentation.losses import lovasz_softmax
+from segmentation.losses import cross_entropy, lovasz_softmax
 
 reference = LovaszLoss("multiclass", ignore_index=255)
 
@@ -82,3 +82,13 @@ def test_half_precision_logits_are_computed_in_float32(dtype):
 def test_byte_masks_mean_the_same_as_integer_ones():
     logits, mask = random_case(4)
     assert lovasz_softmax(logits, mask.to(torch.uint8)) == lovasz_softmax(logits, mask)
+
+
+def test_cross_entropy_equals_torchs_with_void_and_is_zero_where_all_is_void():
+    logits, mask = random_case(5)
+    torch.testing.assert_close(
+        cross_entropy(logits, mask), torch.nn.functional.cross_entropy(logits, mask, ignore_index=255)
+    )
+    value, gradient = value_and_gradient(cross_entropy, logits, torch.full_like(mask, 255))
+    assert value == 0
+    assert torch.equal(gradient, torch.zeros_like(gradient))

@@ -1,0 +1,129 @@
+import hashlib
+import os
+import struct
+import zlib
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from segmentation.images import read_mask, resize_mask
+from segmentation.preprocess import preprocess
+
+SIZE = 56
+
+
+def run(folder, tmp_path) -> pd.DataFrame:
+    preprocess(folder.root, tmp_path / "processed", SIZE)
+    return pd.read_parquet(tmp_path / "processed" / "manifest.parquet")
+
+
+def test_every_pair_is_resized_whole_and_described(make_raw, tmp_path):
+    folder = make_raw()
+    table = run(folder, tmp_path).set_index("id")
+    assert table["split"].tolist() == ["train"] * 4 + ["val"] * 3
+    assert table[["photo_problem", "mask_problem"]].isna().all(axis=None)
+    for name, row in table.iterrows():
+        written = Image.open(tmp_path / "processed" / "masks" / f"{name}.png")
+        mask = np.asarray(written)
+        assert (written.mode, written.size) == ("P", (SIZE, SIZE))
+        assert np.array_equal(mask, resize_mask(read_mask(folder.mask(name)), SIZE))
+        assert row["labels"].tolist() == np.unique(mask).tolist()
+        assert 255 in row["original_labels"]
+        assert row["pixels"].tolist() == [(mask == label).sum() for label in range(3)]
+        assert row["void_share"] == (mask == 255).mean()
+        assert row["mask_sha256"] == hashlib.sha256(mask.tobytes()).hexdigest()
+        image = Image.open(tmp_path / "processed" / "images" / f"{name}.png")
+        assert (image.mode, image.size) == ("RGB", (SIZE, SIZE))
+        assert row["image_sha256"] == hashlib.sha256(image.tobytes()).hexdigest()
+        assert (row["photo_width"], row["photo_height"]) == Image.open(folder.photo(name)).size
+
+
+def test_the_same_input_gives_the_same_bytes(make_raw, tmp_path):
+    folder = make_raw()
+    for name in ("a", "b"):
+        preprocess(folder.root, tmp_path / name, SIZE)
+    files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*.*"))
+    assert len(files) == 15
+    for file in files:
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def missing_photo(folder):
+    folder.photo("val1").unlink()
+
+
+def truncated_photo(folder):
+    folder.photo("val1").write_bytes(folder.photo("val1").read_bytes()[:700])
+
+
+def bomb(folder):
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0))
+    folder.photo("val1").write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", b"") + chunk(b"IEND", b""))
+
+
+def folder_for_a_photo(folder):
+    folder.photo("val1").unlink()
+    folder.photo("val1").mkdir()
+
+
+def missing_mask(folder):
+    folder.mask("val1").unlink()
+
+
+def rgb_mask(folder):
+    Image.new("RGB", (85, 64)).save(folder.mask("val1"))
+
+
+def empty_mask(folder):
+    folder.mask("val1").write_bytes(b"")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "column", "words"),
+    [
+        (missing_photo, "photo_problem", "JPEGImages/val1.jpg is missing"),
+        (truncated_photo, "photo_problem", "JPEGImages/val1.jpg: no readable JPEG or PNG"),
+        (bomb, "photo_problem", "JPEGImages/val1.jpg: declares"),
+        (folder_for_a_photo, "photo_problem", "JPEGImages/val1.jpg"),
+        (missing_mask, "mask_problem", "SegmentationClass/val1.png is missing"),
+        (rgb_mask, "mask_problem", "SegmentationClass/val1.png: mode RGB"),
+        (empty_mask, "mask_problem", "SegmentationClass/val1.png: no readable"),
+    ],
+)
+def test_a_fault_is_written_down_and_stops_nothing(make_raw, tmp_path, spoil, column, words):
+    folder = make_raw()
+    spoil(folder)
+    table = run(folder, tmp_path).set_index("id")
+    assert words in table.loc["val1", column]
+    others = table.drop(index="val1")
+    assert others[["photo_problem", "mask_problem"]].isna().all(axis=None)
+    assert (tmp_path / "processed" / "masks" / "val2.png").exists()
+
+
+def test_an_id_that_leads_out_of_the_folder_is_never_used_as_a_path(make_raw, tmp_path):
+    folder = make_raw()
+    folder.split_file("val").write_text("val0\n../../outside\n")
+    row = run(folder, tmp_path).set_index("id").loc["../../outside"]
+    assert "no plain file name" in row["photo_problem"]
+    assert not list(tmp_path.glob("**/outside*"))
+
+
+def test_a_png_named_jpg_is_accepted_and_said(make_raw, tmp_path):
+    folder = make_raw()
+    Image.open(folder.photo("val1")).save(folder.photo("val1"), "PNG")
+    row = run(folder, tmp_path).set_index("id").loc["val1"]
+    assert row["photo_format"] == "PNG"
+    assert row["photo_problem"] is None or pd.isna(row["photo_problem"])
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_cannot_be_written_fails(make_raw, tmp_path):
+    folder = make_raw()
+    (tmp_path / "processed").mkdir(mode=0o500)
+    with pytest.raises(PermissionError):
+        run(folder, tmp_path)

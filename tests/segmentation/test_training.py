@@ -1,0 +1,149 @@
+import json
+import multiprocessing
+import os
+import signal
+import time
+
+import pandas as pd
+import pytest
+import torch
+from filelock import FileLock
+from safetensors.torch import load_file
+
+from segmentation.errors import PipelineError
+from segmentation.preprocess import preprocess
+from segmentation.settings import Settings, load_settings
+from segmentation.training import train
+
+CLASSES = ["background", "cat", "dog"]
+
+
+@pytest.fixture
+def project(make_raw, tmp_path, monkeypatch, root):
+    """A folder with processed pairs; `run(...)` trains there."""
+    monkeypatch.chdir(tmp_path)
+    preprocess(make_raw(6, 3).root, tmp_path / "data/processed", 56)
+    return root / "params.yaml"
+
+
+def settings(params, **train_changes) -> Settings:
+    overrides = {
+        "preprocess.size": 56, "encoder.name": "vit_small_patch14_dinov2", "encoder.pretrained": False,
+        "decoder.channels": [16, 16, 8, 8], "train.epochs": 3, "train.workers": 0, "train.lr": 1e-3,
+    }  # fmt: skip
+    return load_settings(params, overrides | {f"train.{key}": value for key, value in train_changes.items()})
+
+
+def run(tmp_path, settings: Settings, out: str = "out") -> tuple[dict[str, torch.Tensor], pd.DataFrame, dict]:
+    folder = tmp_path / out
+    train(settings, tmp_path / "data/processed", CLASSES, folder / "models", folder / "reports", tmp_path / "scratch")
+    card = json.loads((folder / "models/segmenter.json").read_text())
+    return load_file(folder / "models/segmenter.safetensors"), pd.read_csv(folder / "reports/history.csv"), card
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def forget_checkpoints(tmp_path):
+    for path in (tmp_path / "scratch/checkpoints").glob("*/last.ckpt"):
+        path.unlink()
+
+
+def test_the_history_has_the_reports_columns_and_true_miou(project, tmp_path):
+    _, history, card = run(tmp_path, settings(project))
+    assert list(history.columns) == ["epoch", "train_loss", "val_accuracy", "val_report_miou", "val_miou"]
+    assert history["epoch"].tolist() == [1, 2, 3]
+    assert history["train_loss"].iloc[-1] < history["train_loss"].iloc[0]
+    assert card["epoch"] == history.loc[history["val_miou"].idxmax(), "epoch"]
+    assert card["encoder_weights"] == "random"
+
+
+def test_one_seed_gives_the_same_weights_and_history(project, tmp_path):
+    first = run(tmp_path, settings(project))
+    forget_checkpoints(tmp_path)
+    second = run(tmp_path, settings(project))
+    forget_checkpoints(tmp_path)
+    other = run(tmp_path, settings(project, seed=1))
+    assert same(first[0], second[0])
+    assert first[1].equals(second[1])
+    assert not same(first[0], other[0])
+
+
+def test_frozen_weights_do_not_move_and_trained_ones_do(project, tmp_path):
+    one, _, _ = run(tmp_path, settings(project, epochs=1, keep="last"))
+    two, _, _ = run(tmp_path, settings(project, epochs=2, keep="last"))
+    moved = {key for key in one if not torch.equal(one[key], two[key])}
+    assert "encoder.vit.blocks.11.attn.qkv.weight" in moved
+    assert "decoder.head.weight" in moved
+    assert not {key for key in moved if key.startswith("encoder.vit.") and not key.startswith("encoder.vit.blocks.11.")}
+
+
+def test_keep_chooses_between_best_and_last(project, tmp_path):
+    # A learning rate that wrecks the model after a good start makes the two differ.
+    best, history, card = run(tmp_path, settings(project, epochs=4, lr=0.02, keep="best"))
+    last, _, last_card = run(tmp_path, settings(project, epochs=4, lr=0.02, keep="last"), "last")
+    assert last_card["epoch"] == 4
+    assert card["epoch"] == history["val_miou"].idxmax() + 1
+    assert same(best, last) == (card["epoch"] == 4)
+
+
+def _train_in_child(tmp_path, settings):
+    os.chdir(tmp_path)
+    train(settings, tmp_path / "data/processed", CLASSES, tmp_path / "m", tmp_path / "r", tmp_path / "scratch")
+
+
+def test_killed_in_the_middle_of_an_epoch_it_goes_on_and_ends_the_same(project, tmp_path, capsys):
+    wanted = settings(project, epochs=6)
+    uninterrupted = run(tmp_path, wanted)
+    forget_checkpoints(tmp_path)
+    child = multiprocessing.get_context("spawn").Process(target=_train_in_child, args=(tmp_path, wanted))
+    child.start()
+    deadline = time.monotonic() + 90
+    while not list((tmp_path / "scratch/checkpoints").glob("*/last.ckpt")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(child.pid, signal.SIGKILL)
+    child.join()
+    capsys.readouterr()
+    resumed = run(tmp_path, wanted, "resumed")
+    printed = capsys.readouterr().out
+    assert "going on from the last finished epoch" in printed
+    assert "epoch 1/6" not in printed
+    assert same(uninterrupted[0], resumed[0])
+    assert uninterrupted[1].equals(resumed[1])
+
+
+def test_a_finished_training_is_not_repeated(project, tmp_path, capsys):
+    first = run(tmp_path, settings(project))
+    capsys.readouterr()
+    second = run(tmp_path, settings(project))
+    assert "epoch" not in capsys.readouterr().out.replace("last finished epoch", "")
+    assert same(first[0], second[0])
+
+
+def test_other_settings_or_data_have_a_checkpoint_of_their_own(project, tmp_path):
+    run(tmp_path, settings(project))
+    run(tmp_path, settings(project, lr=2e-3))
+    assert len(list((tmp_path / "scratch/checkpoints").iterdir())) == 2
+
+
+def test_the_same_training_twice_at_once_is_refused(project, tmp_path):
+    run(tmp_path, settings(project, epochs=1))
+    (folder,) = (tmp_path / "scratch/checkpoints").iterdir()
+    (folder / "owner.json").write_text('{"pid": 4321}')
+    with FileLock(folder / "lock"), pytest.raises(PipelineError, match="4321 is training exactly this already"):
+        run(tmp_path, settings(project, epochs=1))
+
+
+def test_a_loss_that_is_not_finite_names_the_photos(project, tmp_path, monkeypatch):
+    monkeypatch.setattr("segmentation.training.lovasz_softmax", lambda logits, mask: logits.sum() * float("nan"))
+    with pytest.raises(PipelineError, match=r"the loss is nan for train\d"):
+        run(tmp_path, settings(project))
+
+
+def test_a_tracking_server_that_is_away_costs_no_training(project, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MLFLOW_RUN_ID", "0" * 32)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    _, history, _ = run(tmp_path, settings(project, epochs=2))
+    assert len(history) == 2
+    assert capsys.readouterr().out.count("no live curves from here on") == 1

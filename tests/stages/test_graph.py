@@ -1,0 +1,50 @@
+"""dvc.yaml against the code: a stage names all code that decides its output, and nothing else."""
+
+import grimp
+import pytest
+from ruamel.yaml import YAML
+
+from segmentation.settings import Settings
+from segmentation.training import CODE
+
+ENTRY = {
+    "fetch": "fetch",
+    "preprocess": "preprocess",
+    "validate": "checks",
+    "train": "training",
+    "evaluate": "evaluation",
+}
+# They carry values, names and messages; what they say is in params.yaml or in the outputs' own paths.
+NOT_DECIDING = {"errors", "files", "paths", "settings", "tracking"}
+
+
+@pytest.fixture(scope="module")
+def stages(root):
+    return YAML(typ="safe").load((root / "dvc.yaml").read_text())["stages"]
+
+
+@pytest.fixture(scope="module")
+def graph():
+    return grimp.build_graph("segmentation", cache_dir=None)
+
+
+@pytest.mark.parametrize("stage", ENTRY)
+def test_a_stage_depends_on_the_code_that_decides_its_output(stages, graph, stage):
+    entry = f"segmentation.{ENTRY[stage]}"
+    modules = {entry, *graph.find_upstream_modules(entry)}
+    wanted = {name.split(".")[1] for name in modules if "." in name} - NOT_DECIDING
+    named = {dep.removeprefix("segmentation/").removesuffix(".py") for dep in stages[stage]["deps"] if "segm" in dep}
+    assert named == wanted
+
+
+def test_checkpoints_are_keyed_by_the_same_code_as_train(stages):
+    assert {dep for dep in stages["train"]["deps"] if "segm" in dep} == {f"segmentation/{name}.py" for name in CODE}
+
+
+def test_stage_module_and_section_share_one_name(stages, root):
+    sections = {field.alias or name for name, field in Settings.model_fields.items()}
+    for stage, entry in stages.items():
+        assert entry["cmd"] == f"python3 -m stages.{stage}"
+        assert (root / "stages" / f"{stage}.py").exists()
+        assert stage in sections
+        assert set(entry["params"]) <= sections
