@@ -16,7 +16,7 @@ install: $(STAMP) ## the environment in .venv, at the versions of requirements.l
 $(STAMP): requirements.lock
 	@$(MAKE) --no-print-directory python
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.lock
 	@touch $(STAMP)
 
 python:
