@@ -67,7 +67,9 @@ def run_experiment(
     try:
         assert child.stdout is not None
         for line in child.stdout:
-            if text := line.rstrip():
+            text = line.rstrip()
+            # DVC says this of every output that a fresh clone does not have yet
+            if text and not text.startswith("WARNING: No file hash info found"):
                 log(text)
                 last.append(text)
         code = child.wait()

@@ -94,7 +94,9 @@ def publish(folder: Path) -> None:
         f"Data checks: {checks['result']}. Files and pictures: `{folder}`",
     )
     create_table_artifact(
-        key="training-epochs", description=f"Epochs of {folder.name}", table=[list(history.columns), *history.to_numpy().tolist()]
+        key="training-epochs",
+        description=f"Epochs of {folder.name}",
+        table=[list(history.columns), *history.to_numpy().tolist()],
     )
 
 

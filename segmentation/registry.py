@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -14,10 +15,11 @@ import mlflow
 import pandas as pd
 from filelock import FileLock
 from mlflow import MlflowClient
-from mlflow.entities import Metric
+from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, DataType, Schema
+from ruamel.yaml import YAML
 
 from segmentation.errors import PipelineError
 from segmentation.paths import project_root
@@ -97,9 +99,11 @@ def register(files: Path, tags: Mapping[str, str], run_id: str | None = None) ->
     lock.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(lock):
+            run_id = run_id or start_run(tags["experiment"])
+            scores = _log_run(client, files, tags, run_id)
             number = _find(client, tags["dvc_lock_sha256"])
             if number is None:
-                number = _create_version(client, files, tags, run_id or start_run(tags["experiment"]))
+                number = _create_version(client, files, {**tags, **scores}, run_id)
             return Registered(number, _move_aliases(client, number))
     except (MlflowException, OSError) as error:
         raise PipelineError(f"{tracking_uri()}: registering failed, try again: {error}") from error
@@ -112,9 +116,7 @@ def _find(client: MlflowClient, dvc_lock_sha256: str) -> str | None:
 
 
 def _create_version(client: MlflowClient, files: Path, tags: Mapping[str, str], run_id: str) -> str:
-    metrics = json.loads((files / "reports/evaluation/metrics.json").read_text(encoding="utf-8"))
-    scores = {key: str(round(value, 6)) for key, value in flatten(metrics).items()}
-    _log_run(client, files, run_id, metrics)
+    warnings.filterwarnings("ignore", "(?s).*An input example was not provided")  # the signature is stated below
     with mlflow.start_run(run_id=run_id):
         model = mlflow.pyfunc.log_model(
             name="model",
@@ -130,7 +132,7 @@ def _create_version(client: MlflowClient, files: Path, tags: Mapping[str, str], 
         client.create_registered_model(MODEL_NAME, description="Semantic segmentation; see the repository's README")
     # Tags go on with the creation, in one request: a version without them never exists.
     created = client.create_model_version(
-        MODEL_NAME, model.model_uri, run_id=run_id, tags={**tags, **scores}, model_id=model.model_id
+        MODEL_NAME, model.model_uri, run_id=run_id, tags=dict(tags), model_id=model.model_id
     )
     return str(created.version)
 
@@ -146,19 +148,31 @@ def _move_aliases(client: MlflowClient, number: str) -> tuple[str, ...]:
     return tuple(sorted(alias for alias, holder in aliases.items() if str(holder) == number))
 
 
-def _log_run(client: MlflowClient, files: Path, run_id: str, metrics: dict[str, Any]) -> None:
-    """The final truth from the files: parameters, epochs that the live curves missed, scores, reports."""
+def _log_run(client: MlflowClient, files: Path, tags: Mapping[str, str], run_id: str) -> dict[str, str]:
+    """The final truth from the files: parameters, epochs that the live curves missed, scores, reports.
+
+    Returns:
+        The scores, as tags for a version.
+    """
+    metrics = flatten(json.loads((files / "reports/evaluation/metrics.json").read_text(encoding="utf-8")))
+    params = flatten(YAML(typ="safe").load((files / "params.yaml").read_text(encoding="utf-8")))
+    client.log_batch(
+        run_id,
+        [Metric(f"eval/{key}", value, 0, 0) for key, value in metrics.items()],
+        [Param(key, str(value)) for key, value in params.items()],
+        [RunTag(key, value) for key, value in tags.items()],
+    )
     history = pd.read_csv(files / "reports/training/history.csv")
     for key in history.columns.drop("epoch"):
         live = {point.step for point in client.get_metric_history(run_id, key)}
         rows = history[~history["epoch"].isin(live)]
         points = [Metric(key, value, 0, epoch) for epoch, value in zip(rows["epoch"], rows[key], strict=True)]
         client.log_batch(run_id, points)
-    client.log_batch(run_id, [Metric(f"eval/{key}", value, 0, 0) for key, value in flatten(metrics).items()])
     for name in ("params.yaml", "dvc.lock"):
         client.log_artifact(run_id, str(files / name))
     client.log_artifacts(run_id, str(files / "reports"), "reports")
     client.set_terminated(run_id, "FINISHED")
+    return {key: str(round(value, 6)) for key, value in metrics.items()}
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

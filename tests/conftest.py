@@ -1,8 +1,26 @@
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+import flows  # noqa: F401  switches telemetry off before MLflow, Prefect and DVC are imported
+
 ROOT = Path(__file__).resolve().parents[1]
+
+# The smallest run that goes through every stage for real.
+TINY = {
+    "fetch.source": "sample",
+    "fetch.limit": 4,
+    "preprocess.size": 56,
+    "encoder.name": "vit_small_patch14_dinov2",
+    "encoder.pretrained": False,
+    "decoder.channels": [16, 16, 8, 8],
+    "train.epochs": 2,
+    "train.workers": 0,
+}
 
 
 @pytest.fixture(scope="session")
@@ -18,3 +36,37 @@ def voc_subset() -> Path:
     if not folder.is_dir():
         pytest.skip("real VOC pairs are not here: ../shared/voc2012-subset is missing")
     return folder
+
+
+def git(checkout: Path, *arguments: str) -> str:
+    identity = ("-c", "user.name=tests", "-c", "user.email=tests@localhost")
+    return subprocess.run(
+        ["git", *identity, *arguments], cwd=checkout, check=True, stdout=subprocess.PIPE, text=True
+    ).stdout
+
+
+def environment() -> dict[str, str]:
+    """That of an active `.venv`, without what would lead to a server of the machine."""
+    env = {key: value for key, value in os.environ.items() if not key.startswith(("PREFECT_", "MLFLOW_TRACKING"))}
+    return env | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}", "PYTHONUNBUFFERED": "1"}
+
+
+@pytest.fixture(scope="session")
+def new_checkout(tmp_path_factory):
+    """Makes checkouts of the working tree as it is: a git and DVC repository each, with one commit."""
+
+    def make() -> Path:
+        checkout = tmp_path_factory.mktemp("checkout")
+        listed = subprocess.run(
+            ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True
+        ).stdout
+        for name in listed.splitlines():
+            if (ROOT / name).is_file():
+                (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(ROOT / name, checkout / name)
+        git(checkout, "init", "--quiet")
+        git(checkout, "add", "-A")
+        git(checkout, "commit", "--quiet", "-m", "The working tree")
+        return checkout
+
+    return make

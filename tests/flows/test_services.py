@@ -1,0 +1,157 @@
+"""The services as a user starts them, with a flow of two lines in place of the real one."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import requests
+
+FLOW = """
+import subprocess
+from typing import Any
+
+from prefect import flow
+
+
+@flow
+def train(overrides: dict[str, Any] | None = None, isolated: bool = True) -> None:
+    subprocess.run(["sleep", "600"])
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Services:
+    """`python -m flows.services` in a small copy of the checkout."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.ports = free_port(), free_port()
+        self.api = f"http://127.0.0.1:{self.ports[0]}/api"
+        self.mlflow = f"http://127.0.0.1:{self.ports[1]}"
+        self.output = folder / "output.txt"
+
+    def start(self, *arguments: str) -> subprocess.Popen[bytes]:
+        ports = ["--prefect-port", str(self.ports[0]), "--mlflow-port", str(self.ports[1])]
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_"))}
+        with self.output.open("wb") as output:
+            return subprocess.Popen(
+                [sys.executable, "-m", "flows.services", *ports, *arguments],
+                cwd=self.folder,
+                env=environment | {"PREFECT_HOME": str(self.folder / "prefect-home"), "PATH": os.defpath},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+
+    def text(self) -> str:
+        return self.output.read_text(encoding="utf-8")
+
+    def await_ready(self, process: subprocess.Popen[bytes]) -> None:
+        wait_for(lambda: "Ctrl-C stops all" in self.text() or process.poll() is not None, 120)
+        assert process.poll() is None, self.text()
+
+
+def wait_for(condition, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.2)
+
+
+@pytest.fixture(scope="module")
+def services(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Services:
+    # one for all tests: the databases are made once, and later starts find a work pool and deployments already there
+    folder = tmp_path_factory.mktemp("services") / "a check out"
+    for file in ("flows/__init__.py", "flows/services.py", "prefect.toml", "prefect.yaml"):
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(root / file, folder / file)
+    (folder / "segmentation").mkdir()
+    for name in ("__init__.py", "errors.py", "paths.py"):
+        shutil.copy(root / "segmentation" / name, folder / "segmentation" / name)
+    return Services(folder)
+
+
+@pytest.fixture
+def running(services: Services) -> Iterator[subprocess.Popen[bytes]]:
+    (services.folder / "flows" / "train.py").write_text(FLOW, encoding="utf-8")
+    process = services.start()
+    yield process
+    for child in [*psutil.Process(process.pid).children(recursive=True)] if process.poll() is None else []:
+        child.kill()
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.parametrize(
+    ("index", "service", "flag"), [(0, "Prefect", "--prefect-port"), (1, "MLflow", "--mlflow-port")]
+)
+def test_an_occupied_port_is_refused_before_anything_starts(
+    services: Services, index: int, service: str, flag: str
+) -> None:
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", services.ports[index]))
+        holder.listen()
+        assert services.start().wait(timeout=30) == 1
+    assert services.text().startswith(f"error: {service}: port {services.ports[index]} ")
+    assert flag in services.text()
+    assert not (services.folder / "mlruns").exists()  # the first test of all: nothing was started yet
+
+
+def test_all_start_run_a_flow_and_stop_together(services: Services, running: subprocess.Popen[bytes]) -> None:
+    services.await_ready(running)
+    assert requests.get(f"{services.api}/health", timeout=5).ok
+    assert requests.get(f"{services.mlflow}/health", timeout=5).ok
+
+    deployments = {}
+    for name in ("voc2012", "sample"):
+        deployments[name] = requests.get(f"{services.api}/deployments/name/train/{name}", timeout=5).json()
+        (step,) = deployments[name]["pull_steps"]
+        assert step["prefect.deployments.steps.set_working_directory"] == {"directory": str(services.folder)}
+    assert deployments["voc2012"]["parameters"] == {}
+    assert deployments["sample"]["parameters"]["overrides"]["fetch.source"] == "sample"
+    assert deployments["sample"]["parameters"]["overrides"]["encoder.pretrained"] is False
+
+    url = f"{services.api}/deployments/{deployments['sample']['id']}/create_flow_run"
+    run = requests.post(url, json={"state": {"type": "SCHEDULED"}}, timeout=5).json()
+    me = psutil.Process(running.pid)
+    wait_for(lambda: any(p.name() == "sleep" for p in me.children(recursive=True)), 40)
+    tree = [me, *me.children(recursive=True)]
+    assert len(tree) >= 6  # this one, two servers, worker, flow run, and what the flow run started
+
+    running.send_signal(signal.SIGTERM)
+    assert running.wait(timeout=60) == 0
+    assert psutil.wait_procs(tree, timeout=1)[1] == []
+    log = (services.folder / "scratch" / "services" / "worker.log").read_text(encoding="utf-8")
+    assert "Crashed" in log, f"run {run['id']} could not report its end"
+    assert (services.folder / "mlruns" / "mlflow.db").exists()
+    assert (services.folder / "prefect-home" / "prefect.db").exists()
+
+
+def test_all_stop_when_one_dies(services: Services, running: subprocess.Popen[bytes]) -> None:
+    services.await_ready(running)
+    tree = psutil.Process(running.pid).children(recursive=True)
+    next(p for p in tree if "mlflow" in p.cmdline() and "server" in p.cmdline()).kill()
+    assert running.wait(timeout=60) == 1
+    assert "mlflow ended by itself" in services.text()
+    assert "mlflow.log" in services.text()
+    assert psutil.wait_procs(tree, timeout=1)[1] == []
+
+
+def test_a_failed_deployment_is_named_and_stops_all(services: Services, running: subprocess.Popen[bytes]) -> None:
+    (services.folder / "flows" / "train.py").write_text("import no_such_module", encoding="utf-8")
+    assert running.wait(timeout=120) == 1
+    assert "deploy.log" in services.text()
+    with pytest.raises(requests.ConnectionError):
+        requests.get(services.api, timeout=5)

@@ -1,0 +1,243 @@
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import psutil
+import pytest
+
+from flows.register import register
+from flows.train import train
+from segmentation.errors import PipelineError
+from segmentation.images import read_mask
+from segmentation.predictor import Predictor
+from segmentation.registry import connect
+from tests.conftest import TINY, environment, git
+
+MODEL = "voc-segmentation"
+
+
+def versions() -> list:
+    return connect().search_model_versions(f"name = '{MODEL}'")
+
+
+def stage_processes(checkout: Path) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.is_running() and "stages." in " ".join(process.cmdline()) and str(checkout) in process.cwd():
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
+
+
+def start(checkout: Path, until: str, **overrides) -> subprocess.Popen:
+    """Start `python -m flows.train` and return it once `until` is in its output."""
+    options = [f"--set={key}={json.dumps(value)}" for key, value in (TINY | overrides).items()]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "flows.train", *options],
+        cwd=checkout, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if until in line:
+            return process
+    raise AssertionError("".join(lines))
+
+
+def test_a_run_registers_a_version_with_its_lineage(checkout, trained):
+    result = trained[1]
+    (version,) = versions()
+    assert (result["version"], result["aliases"]) == ("1", ["challenger", "champion"])
+    assert dict(connect().get_registered_model(MODEL).aliases) == {"challenger": "1", "champion": "1"}
+    commit = git(checkout, "rev-parse", f"{version.tags['experiment_commit']}^{{commit}}").strip()
+    assert version.tags["experiment"] == result["experiment"]
+    assert version.tags["git_commit"] == git(checkout, "rev-parse", "HEAD").strip()
+    assert version.tags["git_dirty"] == "false"
+    assert version.tags["data_checks"] == "passed"
+    assert "fetch" in git(checkout, "show", f"{commit}:dvc.lock")
+    assert len(version.tags["dvc_lock_sha256"]) == len(version.tags["params_sha256"]) == 64
+    assert len(version.tags["evaluation_set_sha256"]) == 64
+    assert version.tags["data_hash"].endswith(".dir")
+    metrics = json.loads((Path(result["folder"]) / "reports/evaluation/metrics.json").read_text())
+    assert float(version.tags["miou"]) == pytest.approx(metrics["miou"], abs=1e-6)
+    assert float(version.tags["training_size.report_miou"]) == pytest.approx(
+        metrics["training_size"]["report_miou"], abs=1e-6
+    )
+
+
+def test_the_checkout_is_not_touched(checkout):
+    assert git(checkout, "status", "--porcelain") == ""
+
+
+def test_results_to_look_at_are_copied_out(trained):
+    folder = Path(trained[1]["folder"])
+    for name in (
+        "params.yaml",
+        "dvc.lock",
+        "models/segmenter.json",
+        "reports/data_checks.json",
+        "reports/training/history.csv",
+        "reports/evaluation/panels.png",
+        "reports/evaluation/per_class.csv",
+    ):
+        assert (folder / name).stat().st_size > 0
+
+
+def test_mlflow_has_each_epoch_once_and_the_parameters(checkout):
+    run = connect().get_run(versions()[0].run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.params["train.epochs"] == "2"
+    history = connect().get_metric_history(run.info.run_id, "val_miou")
+    assert [point.step for point in history] == [1, 2]
+
+
+def test_the_same_run_again_trains_nothing_and_registers_nothing(checkout, capfd):
+    again = train(TINY)
+    assert again["version"] == "1"
+    assert len(versions()) == 1
+    output = "".join(capfd.readouterr())
+    assert "Stage 'train' is cached" in output
+    assert "Running stage" not in output
+
+
+def test_a_refused_override_starts_nothing(checkout):
+    before = git(checkout, "for-each-ref", "refs/exps")
+    with pytest.raises(PipelineError, match=r"train\.epoch: unknown key"):
+        train(TINY | {"train.epoch": 3})
+    assert git(checkout, "for-each-ref", "refs/exps") == before
+    assert len(versions()) == 1
+
+
+def test_faulty_data_lists_every_offender_and_registers_nothing(checkout, tmp_path):
+    from PIL import Image
+
+    from segmentation.sample import draw_sample
+    from segmentation.voc import VocFolder
+
+    folder = VocFolder(tmp_path / "own photos")
+    draw_sample(folder.root, 6)
+    folder.photo("val_001").write_bytes(folder.photo("val_001").read_bytes()[:900])
+    Image.fromarray(np.full((50, 50), 77, np.uint8)).save(folder.mask("val_002"))
+    Image.new("RGB", (40, 40)).save(folder.mask("train_001"))
+    folder.mask("train_002").unlink()
+    folder.photo("train_003").unlink()
+    with folder.split_file("val").open("a") as stream:
+        stream.write("train_004\n../../outside\n")
+    with pytest.raises(PipelineError) as failure:
+        train(TINY | {"fetch.source": "directory", "fetch.directory": str(folder.root), "fetch.limit": None})
+    for words in (
+        "JPEGImages/val_001.jpg",
+        "SegmentationClass/val_002.png",
+        "77",
+        "SegmentationClass/train_001.png",
+        "SegmentationClass/train_002.png",
+        "JPEGImages/train_003.jpg",
+        "train_004",
+        "../../outside",
+    ):
+        assert words in str(failure.value)
+    assert len(versions()) == 1
+
+
+def test_a_tracking_server_that_is_away_costs_no_training(checkout, monkeypatch):
+    with monkeypatch.context() as away:
+        away.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+        away.setattr("flows.train.register_model", register_without_waiting())
+        with pytest.raises(PipelineError, match="The training is done and kept as experiment") as failure:
+            train(TINY | {"train.lr": 0.0007})
+    name = str(failure.value).split("python -m flows.register ")[1].split()[0]
+    count = len(versions())
+    first = register(name)
+    assert register(name) == first
+    assert len(versions()) == count + 1
+    assert dict(connect().get_registered_model(MODEL).aliases) == {"challenger": first, "champion": "1"}
+
+
+def register_without_waiting():
+    from flows.register import register_model
+
+    return register_model.with_options(retries=0)
+
+
+def test_killed_in_an_epoch_nothing_is_left_behind_and_the_next_run_goes_on(checkout, capfd):
+    count = len(versions())
+    changes = {"train.epochs": 40, "train.lr": 0.0003}
+    flow = start(checkout, "epoch 2/40", **changes)
+    flow.send_signal(signal.SIGKILL)
+    flow.wait()
+    deadline = time.monotonic() + 15
+    while stage_processes(checkout) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert stage_processes(checkout) == []
+    capfd.readouterr()
+    result = train(TINY | changes)
+    output = "".join(capfd.readouterr())
+    assert "going on from the last finished epoch" in output
+    assert "epoch 2/40" not in output
+    assert "epoch 40/40" in output
+    assert len(versions()) == count + 1
+    history = (Path(result["folder"]) / "reports/training/history.csv").read_text().splitlines()
+    assert len(history) == 41
+
+
+def test_the_same_training_twice_at_once_is_refused_and_another_goes_beside_it(checkout):
+    flow = start(checkout, "epoch 1/400", **{"train.epochs": 400})
+    try:
+        with pytest.raises(PipelineError, match="is training exactly this already"):
+            train(TINY | {"train.epochs": 400})
+        assert train(TINY | {"train.seed": 5})["version"]
+        assert flow.poll() is None
+    finally:
+        flow.terminate()
+        flow.wait(30)
+    assert stage_processes(checkout) == []
+
+
+BARE = """
+import os, sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"prefect", "dvc", "lightning", "great_expectations", "flows", "stages", "matplotlib",
+                                  "segmentation_models_pytorch", "psutil", "filelock_absent"}:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Absent())
+import mlflow, pandas as pd
+model = mlflow.pyfunc.load_model("models:/voc-segmentation/1")
+photo, mask = sys.argv[1:]
+frame = pd.DataFrame({"image": [open(photo, "rb").read()]})
+open(mask, "wb").write(model.predict(frame)["mask"][0])
+"""
+
+
+def test_the_registered_model_predicts_the_masks_that_evaluate_saw(checkout, trained, tmp_path):
+    from PIL import Image
+
+    from segmentation.sample import draw_sample
+
+    draw_sample(tmp_path / "raw", 1)
+    photo = tmp_path / "raw/JPEGImages/val_001.jpg"
+    env = environment() | {
+        "MLFLOW_TRACKING_URI": f"sqlite:///{checkout}/mlruns/mlflow.db",
+        "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+    }
+    env.pop("PYTHONPATH", None)
+    command = [sys.executable, "-c", BARE, str(photo), str(tmp_path / "mask.png")]
+    subprocess.run(command, cwd=tmp_path, env=env, check=True)
+    predicted = read_mask(tmp_path / "mask.png")
+    wanted = Predictor.load(Path(trained[1]["folder"]) / "models").mask(Image.open(photo))
+    assert predicted.shape[::-1] == Image.open(photo).size
+    assert np.array_equal(predicted, wanted)
+
+
+def test_no_code_of_the_registered_model_is_pickled(checkout):
+    folder = Path(mlflow.artifacts.download_artifacts(f"models:/{MODEL}/1"))
+    assert {path.suffix for path in folder.rglob("*") if path.is_file()} <= {
+        "", ".py", ".json", ".safetensors", ".yaml", ".yml", ".txt",
+    }  # fmt: skip
