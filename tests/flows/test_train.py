@@ -25,6 +25,10 @@ def versions() -> list:
     return connect().search_model_versions(f"name = '{MODEL}'")
 
 
+def aliases() -> dict[str, str]:
+    return {alias: str(version) for alias, version in connect().get_registered_model(MODEL).aliases.items()}
+
+
 def stage_processes(checkout: Path) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
@@ -55,7 +59,7 @@ def test_a_run_registers_a_version_with_its_lineage(checkout, trained):
     result = trained[1]
     (version,) = versions()
     assert (result["version"], result["aliases"]) == ("1", ["challenger", "champion"])
-    assert dict(connect().get_registered_model(MODEL).aliases) == {"challenger": "1", "champion": "1"}
+    assert aliases() == {"challenger": "1", "champion": "1"}
     commit = git(checkout, "rev-parse", f"{version.tags['experiment_commit']}^{{commit}}").strip()
     assert version.tags["experiment"] == result["experiment"]
     assert version.tags["git_commit"] == git(checkout, "rev-parse", "HEAD").strip()
@@ -98,13 +102,12 @@ def test_mlflow_has_each_epoch_once_and_the_parameters(checkout):
     assert [point.step for point in history] == [1, 2]
 
 
-def test_the_same_run_again_trains_nothing_and_registers_nothing(checkout, capfd):
+def test_the_same_run_again_trains_nothing_and_registers_nothing(checkout, caplog):
     again = train(TINY)
     assert again["version"] == "1"
     assert len(versions()) == 1
-    output = "".join(capfd.readouterr())
-    assert "Stage 'train' is cached" in output
-    assert "Running stage" not in output
+    assert "Stage 'train' is cached" in caplog.text
+    assert "Running stage" not in caplog.text
 
 
 def test_a_refused_override_starts_nothing(checkout):
@@ -157,7 +160,7 @@ def test_a_tracking_server_that_is_away_costs_no_training(checkout, monkeypatch)
     first = register(name)
     assert register(name) == first
     assert len(versions()) == count + 1
-    assert dict(connect().get_registered_model(MODEL).aliases) == {"challenger": first, "champion": "1"}
+    assert aliases() == {"challenger": first, "champion": "1"}
 
 
 def register_without_waiting():
@@ -166,7 +169,7 @@ def register_without_waiting():
     return register_model.with_options(retries=0)
 
 
-def test_killed_in_an_epoch_nothing_is_left_behind_and_the_next_run_goes_on(checkout, capfd):
+def test_killed_in_an_epoch_nothing_is_left_behind_and_the_next_run_goes_on(checkout, caplog):
     count = len(versions())
     changes = {"train.epochs": 40, "train.lr": 0.0003}
     flow = start(checkout, "epoch 2/40", **changes)
@@ -176,12 +179,10 @@ def test_killed_in_an_epoch_nothing_is_left_behind_and_the_next_run_goes_on(chec
     while stage_processes(checkout) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert stage_processes(checkout) == []
-    capfd.readouterr()
     result = train(TINY | changes)
-    output = "".join(capfd.readouterr())
-    assert "going on from the last finished epoch" in output
-    assert "epoch 2/40" not in output
-    assert "epoch 40/40" in output
+    assert "going on from the last finished epoch" in caplog.text
+    assert "epoch 2/40" not in caplog.text
+    assert "epoch 40/40" in caplog.text
     assert len(versions()) == count + 1
     history = (Path(result["folder"]) / "reports/training/history.csv").read_text().splitlines()
     assert len(history) == 41
