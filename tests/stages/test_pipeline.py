@@ -1,0 +1,158 @@
+"""`dvc repro` by hand, in a real DVC repository."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+from tests.conftest import TINY, environment, git
+
+DVC = (sys.executable, "-m", "dvc")
+
+
+def dvc(checkout: Path, *arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*DVC, *arguments], cwd=checkout, env=env or environment(), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
+    )  # fmt: skip
+
+
+def set_params(checkout: Path, changes: dict) -> None:
+    yaml, file = YAML(), checkout / "params.yaml"
+    params = yaml.load(file.read_text())
+    for key, value in changes.items():
+        section, name = key.split(".")
+        params[section][name] = value
+    with file.open("w") as stream:
+        yaml.dump(params, stream)
+
+
+def ran(output: str) -> list[str]:
+    return [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")]
+
+
+@pytest.fixture(scope="module")
+def reproduced(new_checkout) -> Path:
+    """A checkout in which `dvc repro` has run once."""
+    checkout = new_checkout()
+    set_params(checkout, TINY)
+    done = dvc(checkout, "repro")
+    assert done.returncode == 0, done.stdout
+    assert ran(done.stdout) == ["fetch", "preprocess", "validate", "train", "evaluate"]
+    return checkout
+
+
+def test_every_declared_output_is_written(reproduced):
+    metrics = json.loads((reproduced / "reports/evaluation/metrics.json").read_text())
+    assert metrics["photos"] == 4
+    assert 0 <= metrics["miou"] <= 1
+    assert json.loads((reproduced / "reports/data_checks.json").read_text())["result"] == "passed"
+    assert git(reproduced, "status", "--porcelain").split() == ["M", "params.yaml", "??", "dvc.lock"]
+
+
+def test_a_second_repro_does_nothing(reproduced):
+    again = dvc(reproduced, "repro")
+    assert ran(again.stdout) == []
+    assert "Data and pipelines are up to date." in again.stdout
+
+
+def test_a_readme_edit_reruns_nothing(reproduced):
+    (reproduced / "README.md").write_text("edited")
+    assert "Data and pipelines are up to date." in dvc(reproduced, "status").stdout
+
+
+def test_more_epochs_rerun_train_and_evaluate_alone(reproduced):
+    set_params(reproduced, {"train.epochs": 3})
+    assert ran(dvc(reproduced, "repro").stdout) == ["train", "evaluate"]
+    history = (reproduced / "reports/training/history.csv").read_text().splitlines()
+    assert len(history) == 4
+
+
+def test_metrics_and_plots_are_declared(reproduced):
+    assert "miou" in dvc(reproduced, "metrics", "show").stdout
+    assert "history.csv" in dvc(reproduced, "plots", "show", "--show-vega", "reports/training/history.csv").stdout
+
+
+def test_a_refused_setting_stops_the_first_stage(reproduced, new_checkout):
+    checkout = new_checkout()
+    set_params(checkout, TINY | {"preprocess.size": 500, "fetch.source": "sample"})
+    failed = dvc(checkout, "repro")
+    assert failed.returncode != 0
+    assert "preprocess.size: 500" in failed.stdout
+    assert "nearest valid size is 504" in failed.stdout
+    assert not (checkout / "data/raw").exists()
+
+
+def test_where_python3_is_not_the_environments_the_stage_finds_it(reproduced, tmp_path):
+    """`.venv/bin/dvc repro` in a shell in which the environment is not active."""
+    system = shutil.which("python3", path="/usr/bin:/bin")
+    if system is None:
+        pytest.skip("no python3 outside the environment")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/python3").symlink_to(system)
+    (reproduced / ".venv/bin").mkdir(parents=True)
+    try:
+        (reproduced / ".venv/bin/python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+        (reproduced / ".venv/bin/python").chmod(0o755)
+        env = environment() | {"PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin"}
+        done = dvc(reproduced, "repro", "--force", "--single-item", "preprocess", env=env)
+        assert done.returncode == 0, done.stdout
+        assert "preprocess: 4 train, 4 val pairs" in done.stdout
+    finally:
+        shutil.rmtree(reproduced / ".venv")
+
+
+def test_two_repros_in_one_checkout_the_second_says_so(reproduced):
+    set_params(reproduced, {"train.epochs": 300})
+    with subprocess.Popen(
+        [*DVC, "repro"], cwd=reproduced, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as first:
+        try:
+            for line in first.stdout:
+                if line.startswith("epoch 1/"):
+                    break
+            second = dvc(reproduced, "repro")
+            assert second.returncode != 0
+            assert str(first.pid) in second.stdout
+            assert first.poll() is None
+        finally:
+            first.send_signal(signal.SIGKILL)
+    # The stage notices that its dvc is gone, and the next run takes its place and its checkpoint.
+    set_params(reproduced, {"train.epochs": 300})
+    deadline = time.monotonic() + 20
+    folders = reproduced / "scratch/checkpoints"
+    while time.monotonic() < deadline:
+        owners = [json.loads(path.read_text())["pid"] for path in folders.glob("*/owner.json")]
+        if not any(Path(f"/proc/{pid}").exists() and pid != os.getpid() for pid in owners):
+            break
+        time.sleep(0.2)
+    with subprocess.Popen(
+        [*DVC, "repro"], cwd=reproduced, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as third:
+        lines = []
+        try:
+            for line in third.stdout:
+                lines.append(line)
+                if line.startswith("epoch "):
+                    break
+        finally:
+            third.kill()
+    assert any("going on from the last finished epoch" in line for line in lines), "".join(lines)
+    assert not any(line.startswith("epoch 1/") for line in lines)
+
+
+@pytest.mark.parametrize("stage", ["fetch", "preprocess", "validate", "train", "evaluate"])
+def test_help_needs_no_torch(stage, root):
+    command = [sys.executable, "-X", "importtime", "-m", f"stages.{stage}", "--help"]
+    done = subprocess.run(command, cwd=root, text=True, capture_output=True, check=True)
+    imported = {line.rsplit("|", 1)[1].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert "usage" in done.stdout
+    assert "stages" in imported
+    assert not imported & {"torch", "great_expectations", "pandas", "mlflow", "dvc", "prefect"}
