@@ -36,7 +36,7 @@ def train(overrides: dict[str, Any] | None = None, isolated: bool = True) -> dic
     load_settings(project_root() / "params.yaml", overrides)
     name = experiment.new_name()
     run_id = _open_run(name)
-    status = "FAILED"
+    status = "KILLED"
     try:
         revision = run_pipeline(name, overrides, isolated, run_id)
         folder = copy_out(revision)
@@ -49,6 +49,9 @@ def train(overrides: dict[str, Any] | None = None, isolated: bool = True) -> dic
                 f"python -m flows.register {name}"
             ) from error
         status = "FINISHED"
+    except Exception:
+        status = "FAILED"
+        raise
     finally:
         _close_run(run_id, status)
     return _summary(name, folder, registered)
