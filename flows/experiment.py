@@ -55,6 +55,7 @@ def run_experiment(
     Raises:
         PipelineError: a stage failed; with the lines that say why.
     """
+    _check_identity()
     command = [sys.executable, "-m", "dvc", "exp", "run", "--name", name, *(["--temp"] if isolated else [])]
     for key, value in overrides.items():
         command += ["--set-param", f"{key}={_hydra(value)}"]
@@ -161,6 +162,18 @@ def lineage(revision: Revision, folder: Path) -> dict[str, str]:
         "params_sha256": sha256_json(params),
         "data_checks": checks["result"],
     }
+
+
+def _check_identity() -> None:
+    """DVC commits uncommitted edits to carry them along, and git wants a name for that."""
+    if not _git("status", "--porcelain", "--untracked-files=no"):
+        return
+    for key in ("user.name", "user.email"):
+        if not _git("config", "--default", "", "--get", key).strip():
+            raise PipelineError(
+                f"git config: {key} is not set, and uncommitted edits travel along as a commit; "
+                f"set it (git config {key} …), or commit or stash the edits"
+            )
 
 
 def _git(*arguments: str) -> str:
