@@ -13,7 +13,6 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 from torch import Tensor, nn
 
 from segmentation.errors import PipelineError
-from segmentation.settings import EncoderSettings
 
 
 class Encoder(nn.Module):
@@ -33,6 +32,7 @@ class Encoder(nn.Module):
 
     def __init__(self, name: str, image_size: int, trainable_blocks: int) -> None:
         super().__init__()
+        self.name = name
         self.vit = _create(name, image_size)
         patch = self.vit.patch_embed.patch_size[0]
         if image_size % patch:
@@ -82,22 +82,22 @@ class Encoder(nn.Module):
         return patches.transpose(1, 2).unflatten(2, (self.grid, self.grid))
 
 
-def load_weights(encoder: Encoder, settings: EncoderSettings, checkpoint: Path | None) -> None:
-    """Load the weights that `settings` ask for; with neither a checkpoint nor `pretrained` they stay random.
+def load_weights(encoder: Encoder, pretrained: bool, checkpoint: Path | None) -> None:
+    """Load the weights that are asked for; with neither a checkpoint nor `pretrained` they stay random.
 
     Args:
         encoder: what is filled.
-        settings: `pretrained` fetches timm's weights through the hub.
-        checkpoint: `settings.checkpoint` as a path: timm's format or the official DINOv2 release's, `.safetensors`
-            or `.pth`; read without executing pickle. It takes precedence.
+        pretrained: fetch timm's weights through the hub.
+        checkpoint: a file in timm's format or the official DINOv2 release's, `.safetensors` or `.pth`, read without
+            executing pickle. It takes precedence.
 
     Raises:
         PipelineError: the weights cannot be had, or do not fit this encoder.
     """
     if checkpoint is not None:
-        _load_checkpoint(encoder.vit, settings.name, checkpoint)
-    elif settings.pretrained:
-        _load_pretrained(encoder.vit, settings.name)
+        _load_checkpoint(encoder.vit, encoder.name, checkpoint)
+    elif pretrained:
+        _load_pretrained(encoder.vit, encoder.name)
 
 
 def _create(name: str, image_size: int) -> VisionTransformer:

@@ -72,7 +72,7 @@ def train(settings: Settings, processed: Path, classes: list[str], models: Path,
         epoch=0,
     )
     model = model_files.build(card)
-    load_weights(model.encoder, settings.encoder, checkpoint)
+    load_weights(model.encoder, settings.encoder.pretrained, checkpoint)
     with _checkpoint_folder(scratch / "checkpoints" / _key(settings, card, processed)) as folder:
         task = TrainingTask(model, settings.train)
         _fit(task, settings, processed, folder)

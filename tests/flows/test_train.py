@@ -3,12 +3,16 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import distribution, packages_distributions
 from pathlib import Path
 
 import mlflow
 import numpy as np
 import psutil
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from PIL import Image
 
 from flows.register import register
 from flows.train import train
@@ -16,6 +20,8 @@ from segmentation.errors import PipelineError
 from segmentation.images import read_mask
 from segmentation.predictor import Predictor
 from segmentation.registry import connect
+from segmentation.sample import draw_sample
+from segmentation.voc import VocFolder
 from tests.conftest import TINY, environment, git
 
 MODEL = "voc-segmentation"
@@ -136,11 +142,6 @@ def test_a_refused_override_starts_nothing(checkout):
 
 
 def test_faulty_data_lists_every_offender_and_registers_nothing(checkout, tmp_path):
-    from PIL import Image
-
-    from segmentation.sample import draw_sample
-    from segmentation.voc import VocFolder
-
     folder = VocFolder(tmp_path / "own photos")
     draw_sample(folder.root, 6)
     folder.photo("val_001").write_bytes(folder.photo("val_001").read_bytes()[:900])
@@ -220,12 +221,12 @@ def test_the_same_training_twice_at_once_is_refused_and_another_goes_beside_it(c
 
 BARE = """
 import os, sys
-class Absent:
+absent = set(os.environ["ABSENT"].split())
+class Bare:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {"prefect", "dvc", "lightning", "great_expectations", "flows", "stages", "matplotlib",
-                                  "segmentation_models_pytorch", "psutil", "filelock_absent"}:
-            raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, Absent())
+        if name.split(".")[0] in absent:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Bare())
 import mlflow, pandas as pd
 model = mlflow.pyfunc.load_model("models:/voc-segmentation/1")
 photo, mask = sys.argv[1:]
@@ -234,23 +235,38 @@ open(mask, "wb").write(model.predict(frame)["mask"][0])
 """
 
 
-def test_the_registered_model_predicts_the_masks_that_evaluate_saw(checkout, trained, tmp_path):
-    from PIL import Image
+def closure(requirements: list[str]) -> set[str]:
+    """The distributions that pip would install for these, by the metadata of those installed here."""
+    found, waiting = set(), [Requirement(line) for line in requirements]
+    while waiting:
+        requirement = waiting.pop()
+        name = canonicalize_name(requirement.name)
+        if name in found or (requirement.marker and not requirement.marker.evaluate({"extra": ""})):
+            continue
+        found.add(name)
+        waiting += [Requirement(line) for line in distribution(name).requires or []]
+    return found
 
-    from segmentation.sample import draw_sample
 
+def test_the_registered_model_predicts_the_evaluated_masks_with_its_own_requirements(checkout, trained, tmp_path):
     draw_sample(tmp_path / "raw", 1)
     photo = tmp_path / "raw/JPEGImages/val_001.jpg"
+    model = Path(mlflow.artifacts.download_artifacts(f"models:/{MODEL}/1"))
+    present = closure((model / "requirements.txt").read_text().split())
+    owners = packages_distributions()
+    absent = {name for name, by in owners.items() if present.isdisjoint(canonicalize_name(owner) for owner in by)}
+    assert {"prefect", "dvc", "lightning", "ruamel", "great_expectations"} <= absent
+    assert "torch" not in absent
     env = environment() | {
         "MLFLOW_TRACKING_URI": f"sqlite:///{checkout}/mlruns/mlflow.db",
         "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+        "ABSENT": " ".join(absent),
     }
-    env.pop("PYTHONPATH", None)
     command = [sys.executable, "-c", BARE, str(photo), str(tmp_path / "mask.png")]
     subprocess.run(command, cwd=tmp_path, env=env, check=True)
     predicted = read_mask(tmp_path / "mask.png")
-    wanted = Predictor.load(Path(trained[1]["folder"]) / "models").mask(Image.open(photo))
     assert predicted.shape[::-1] == Image.open(photo).size
+    wanted = Predictor.load(Path(trained[1]["folder"]) / "models").mask(Image.open(photo))
     assert np.array_equal(predicted, wanted)
 
 

@@ -11,7 +11,6 @@ from segmentation.decoder import Decoder, upsample
 from segmentation.encoder import Encoder, load_weights
 from segmentation.errors import PipelineError
 from segmentation.model import ModelCard, build
-from segmentation.settings import EncoderSettings
 
 SMALL = "vit_small_patch14_dinov2"
 
@@ -22,12 +21,6 @@ def card(**changes) -> ModelCard:
         "classes": ["background", "cat", "dog"], "encoder_weights": "random", "epoch": 1,
     }  # fmt: skip
     return ModelCard(**(values | changes))
-
-
-def settings(**changes) -> EncoderSettings:
-    return EncoderSettings(
-        **({"name": SMALL, "pretrained": False, "checkpoint": None, "trainable_blocks": 1} | changes)
-    )
 
 
 def test_the_reports_shapes_at_518():
@@ -140,7 +133,7 @@ def test_a_local_checkpoint_is_loaded(tmp_path, kind):
     else:
         torch.save(official(source) if kind.startswith("official") else source.state_dict(), path)
     encoder = Encoder(SMALL, 518, 1)
-    load_weights(encoder, settings(checkpoint=str(path)), path)
+    load_weights(encoder, False, path)
     images = torch.randn(1, 3, 518, 518)
     with torch.no_grad():
         reference = source.eval().forward_features(images)[:, 1:]
@@ -151,7 +144,7 @@ def test_a_checkpoint_of_another_size_has_its_position_embedding_resampled(tmp_p
     source = timm.create_model(SMALL, img_size=518, num_classes=0)
     torch.save(official(source), tmp_path / "x.pth")
     encoder = Encoder(SMALL, 56, 1)
-    load_weights(encoder, settings(checkpoint="x.pth"), tmp_path / "x.pth")
+    load_weights(encoder, False, tmp_path / "x.pth")
     assert encoder.vit.pos_embed.shape == (1, 17, 384)
     assert torch.equal(encoder.vit.cls_token, source.cls_token)
 
@@ -166,7 +159,7 @@ def test_a_checkpoints_pickle_is_never_executed(tmp_path, capsys):
     with path.open("wb") as stream:
         pickle.dump({"cls_token": Evil()}, stream)
     with pytest.raises(PipelineError, match=r"evil.pth"):
-        load_weights(Encoder(SMALL, 56, 1), settings(checkpoint=str(path)), path)
+        load_weights(Encoder(SMALL, 56, 1), False, path)
     assert "executed" not in capsys.readouterr().out
 
 
@@ -174,14 +167,14 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     path = tmp_path / "tiny.safetensors"
     save_file(timm.create_model("vit_tiny_patch16_224", num_classes=0).state_dict(), path)
     with pytest.raises(PipelineError, match=r"tiny.safetensors does not fit"):
-        load_weights(Encoder(SMALL, 56, 1), settings(checkpoint=str(path)), path)
+        load_weights(Encoder(SMALL, 56, 1), False, path)
 
 
 def test_pretrained_weights_that_cannot_be_had_are_an_error_with_remedies(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(PipelineError, match=r"(?s)encoder.pretrained.*encoder.checkpoint.*pretrained: false"):
-        load_weights(Encoder(SMALL, 56, 1), settings(pretrained=True), None)
+        load_weights(Encoder(SMALL, 56, 1), True, None)
 
 
 def test_an_unknown_encoder_names_the_nearest():
