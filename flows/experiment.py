@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -115,11 +117,14 @@ def find_revision(name: str) -> Revision:
         commit = _git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}").strip()
     except subprocess.CalledProcessError:
         raise PipelineError(f"{name!r} is no experiment (`dvc exp list`) and no git revision") from None
-    return Revision(name, commit, commit)
+    # Named by its commit: what `HEAD` or a branch stands for changes, and so would what lies in its folder.
+    return Revision(commit[:12], commit, commit)
 
 
 def copy_out(revision: Revision) -> Path:
     """Copy parameters, model and reports of a revision to `runs/<name>/`, and return that folder.
+
+    What lay there is replaced as a whole: a killed or an older copy never mixes with this one.
 
     Raises:
         PipelineError: the revision lacks an output, or DVC's cache does.
@@ -128,7 +133,20 @@ def copy_out(revision: Revision) -> Path:
 
     folder = project_root() / "runs" / revision.name.replace("/", "-")
     files = DVCFileSystem(str(project_root()), rev=revision.commit)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.parent.mkdir(exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        _fetch_outputs(files, revision, fresh)
+        fresh.chmod(0o755)
+        if folder.exists():
+            shutil.rmtree(folder)
+        fresh.rename(folder)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    return folder
+
+
+def _fetch_outputs(files: Any, revision: Revision, folder: Path) -> None:
     for path in ("params.yaml", "dvc.lock", DATA_CHECKS, MODEL, TRAINING, EVALUATION):
         target = folder / path
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -138,7 +156,6 @@ def copy_out(revision: Revision) -> Path:
             raise PipelineError(
                 f"{path} of {revision.name} cannot be had: {error}; run `dvc repro` and commit, or `dvc pull`"
             ) from None
-    return folder
 
 
 def lineage(revision: Revision, folder: Path) -> dict[str, str]:

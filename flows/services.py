@@ -138,7 +138,9 @@ def run(prefect_port: int, mlflow_port: int, services: list[Service]) -> None:
     start("prefect", "prefect", "server", "start", "--host", HOST, "--port", str(prefect_port))
     start(
         "mlflow", "mlflow", "server", "--host", HOST, "--port", str(mlflow_port), "--workers", "1",
-        "--backend-store-uri", f"sqlite:///{store / 'mlflow.db'}", "--artifacts-destination", str(store / "artifacts"),
+        "--backend-store-uri", f"sqlite:///{store / 'mlflow.db'}",
+        # plain paths, as `python -m flows.train` writes without a server: a store serves both ways of running
+        "--default-artifact-root", (store / "artifacts").as_uri(), "--no-serve-artifacts",
     )  # fmt: skip
     print("starting: Prefect and MLflow servers …", flush=True)
     await_health(services, {"prefect": (prefect_port, "/api/health"), "mlflow": (mlflow_port, "/health")})

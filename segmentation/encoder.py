@@ -37,7 +37,9 @@ class Encoder(nn.Module):
         patch = self.vit.patch_embed.patch_size[0]
         if image_size % patch:
             nearest = max(patch, round(image_size / patch) * patch)
-            raise PipelineError(f"preprocess.size: {image_size} is no multiple of the patch, {patch}; use {nearest}")
+            raise PipelineError(
+                f"preprocess.image_size: {image_size} is no multiple of the patch, {patch}; use {nearest}"
+            )
         depth = len(self.vit.blocks)
         if trainable_blocks > depth:
             raise PipelineError(f"encoder.trainable_blocks: {trainable_blocks}, but {name} has {depth} blocks")

@@ -163,7 +163,7 @@ def rules(classes: Sequence[str], size: int, max_void_share: float) -> list[Rule
             {"column": "highest_label", "min_value": 0, "max_value": last},
             _each(
                 lambda row: Offender(
-                    _mask(row), "labels " + ", ".join(str(x) for x in _labels(row.labels) if last < x < VOID)
+                    _mask(row), "labels " + ", ".join(str(x) for x in _labels(row.every_label) if last < x < VOID)
                 )
             ),
         ),

@@ -47,7 +47,8 @@ class MaskRow:
     photo_original_size: str | None = None
     mask_original_size: str | None = None
     labels: str | None = None  # in the written mask, "0, 15, 255"
-    highest_label: int | None = None  # void aside
+    every_label: str | None = None  # in the written mask or in the original, which is what evaluate scores
+    highest_label: int | None = None  # of them, void aside
     new_labels: str | None = None  # those that the original mask has not
     void_share: float | None = None  # of a mask that is not all void
     changed: str | None = None  # "photo", "mask" or "photo and mask": no longer what the manifest describes
@@ -219,7 +220,9 @@ def _facts(row: dict[str, Any], copies: Copies) -> dict[str, Any]:
     if mask.labels:
         new = set(mask.labels) - set(row["original_labels"] or mask.labels)
         facts["labels"] = _text(mask.labels)
-        facts["highest_label"] = max((label for label in mask.labels if label != VOID), default=None)
+        every = {*mask.labels, *(int(label) for label in row["original_labels"] or ())}
+        facts["every_label"] = _text(sorted(every))
+        facts["highest_label"] = max(every - {VOID}, default=None)
         facts["new_labels"] = _text(sorted(new))
         facts["void_share"] = mask.void_share if mask.labels != (VOID,) else None
     return facts

@@ -20,9 +20,14 @@ def confusion_matrices(prediction: Tensor, mask: Tensor, classes: int) -> Tensor
 
     Returns:
         `[B, C, C]` int64 pixel counts.
+
+    Raises:
+        ValueError: the mask has a label that is no class.
     """
     batch = torch.arange(len(mask), device=mask.device).view(-1, 1, 1).expand_as(mask)
     valid = mask != VOID
+    if valid.any() and (highest := int(mask[valid].max())) >= classes:
+        raise ValueError(f"the mask has label {highest}; labels are 0 to {classes - 1} and {VOID} (void)")
     index = (batch[valid] * classes + mask[valid].long()) * classes + prediction[valid].long()
     return torch.bincount(index, minlength=len(mask) * classes**2).view(-1, classes, classes)
 

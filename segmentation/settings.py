@@ -41,7 +41,7 @@ class FetchSettings(Section):
 
 
 class PreprocessSettings(Section):
-    size: int = Field(ge=1)
+    image_size: int = Field(ge=1)
 
 
 class ValidateSettings(Section):
@@ -103,11 +103,11 @@ class Settings(Section):
 
     @model_validator(mode="after")
     def _size_is_a_multiple_of_the_patch(self) -> Settings:
-        size, patch = self.preprocess.size, self.encoder.patch_size
+        size, patch = self.preprocess.image_size, self.encoder.patch_size
         if patch and size % patch:
             nearest = max(patch, round(size / patch) * patch)
             raise ValueError(
-                f"preprocess.size: {size} is no multiple of the {patch}-pixel patch of {self.encoder.name}; "
+                f"preprocess.image_size: {size} is no multiple of the {patch}-pixel patch of {self.encoder.name}; "
                 f"the nearest valid size is {nearest}"
             )
         return self

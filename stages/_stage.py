@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 import psutil
 
@@ -38,6 +39,9 @@ def _end_with_starter() -> None:
     def watch() -> None:
         while os.getppid() == parent and (flow is None or psutil.pid_exists(int(flow))):
             time.sleep(0.5)
+        for child in psutil.Process().children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                child.kill()
         os.write(2, b"error: what started this stage is gone; stopping\n")
         os._exit(1)
 

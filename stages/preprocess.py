@@ -8,7 +8,7 @@ from stages._stage import run_stage
 def main(settings: Settings) -> None:
     from segmentation.preprocess import preprocess
 
-    preprocess(RAW, PROCESSED, settings.preprocess.size)
+    preprocess(RAW, PROCESSED, settings.preprocess.image_size)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ def main(settings: Settings) -> None:
 
     classes = VocFolder(RAW).classes()
     docs = scratch() / "data_docs" / sha256_file(MANIFEST)[:12]
-    checks = check_masks(PROCESSED, classes, settings.preprocess.size, settings.validate_.max_void_share, docs)
+    checks = check_masks(PROCESSED, classes, settings.preprocess.image_size, settings.validate_.max_void_share, docs)
     print(f"validate: Data Docs in {checks.docs_index}", flush=True)
     checks.raise_if_critical()
     write_json(DATA_CHECKS, checks.to_json())

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TINY = {
     "fetch.source": "sample",
     "fetch.limit": 4,
-    "preprocess.size": 56,
+    "preprocess.image_size": 56,
     "encoder.name": "vit_small_patch14_dinov2",
     "encoder.pretrained": False,
     "decoder.channels": [16, 16, 8, 8],

@@ -114,6 +114,15 @@ def test_all_start_run_a_flow_and_stop_together(services: Services, running: sub
     assert requests.get(f"{services.api}/health", timeout=5).ok
     assert requests.get(f"{services.mlflow}/health", timeout=5).ok
 
+    # A store that the server made must serve `python -m flows.train` without it: no server-only artifact address.
+    made = requests.post(
+        f"{services.mlflow}/api/2.0/mlflow/experiments/create", json={"name": "made"}, timeout=30
+    ).json()
+    got = requests.get(
+        f"{services.mlflow}/api/2.0/mlflow/experiments/get", params=made, timeout=30
+    ).json()["experiment"]  # fmt: skip
+    assert got["artifact_location"].startswith("file://")
+
     deployments = {}
     for name in ("voc2012", "sample"):
         deployments[name] = requests.get(f"{services.api}/deployments/name/train/{name}", timeout=5).json()

@@ -168,6 +168,10 @@ def unknown_label(pairs: Pairs) -> None:
     pairs["t1"].mask[9:11, 3] = [4, 200]
 
 
+def unknown_label_lost_in_resizing(pairs: Pairs) -> None:
+    pairs["t1"].row["original_labels"] = [0, 1, 2, 3, 77, VOID]
+
+
 def new_label(pairs: Pairs) -> None:
     pairs["t1"].row["original_labels"] = [0, VOID]
 
@@ -212,6 +216,7 @@ CASES: list[tuple[Callable[[Pairs], None], str, str, str]] = [
     (photo_of_wrong_size, "photo_has_training_size", "JPEGImages/v0.jpg", "processed copy images/v0.png is 16×12"),
     (mask_of_wrong_size, "mask_has_training_size", "SegmentationClass/v0.png", "processed copy masks/v0.png is 12×16"),
     (unknown_label, "labels_are_classes", "SegmentationClass/t1.png", "labels 4, 200"),
+    (unknown_label_lost_in_resizing, "labels_are_classes", "SegmentationClass/t1.png", "labels 77"),
     (new_label, "no_new_labels", "SegmentationClass/t1.png", "labels 2 are in the processed copy only"),
     (all_void, "mask_not_all_void", "SegmentationClass/v0.png", "every pixel is void"),
     (much_void, "void_share", "SegmentationClass/v0.png", "void share 0.5234"),

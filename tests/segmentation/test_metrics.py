@@ -68,6 +68,12 @@ def test_a_class_predicted_where_it_is_not_counts_as_zero():
     assert miou(confusion) == pytest.approx((1 / 2 + 0) / 2)
 
 
+@pytest.mark.parametrize("label", [3, 9, 77])
+def test_a_label_that_is_no_class_is_refused(label):
+    with pytest.raises(ValueError, match=f"label {label}"):
+        confusion_matrices(torch.zeros(1, 2, 2, dtype=torch.long), torch.tensor([[[0, 1], [255, label]]]), 3)
+
+
 def test_all_void_scores_nothing():
     confusion = confusion_matrices(torch.zeros(1, 4, 4, dtype=torch.long), torch.full((1, 4, 4), 255), 3)[0]
     assert confusion.sum() == 0

@@ -11,7 +11,7 @@ def params(root):
 
 def test_the_defaults_are_the_report(params):
     settings = load_settings(params)
-    assert settings.preprocess.size == 518
+    assert settings.preprocess.image_size == 518
     assert settings.encoder.name == "vit_base_patch14_dinov2"
     assert settings.encoder.pretrained
     assert settings.encoder.trainable_blocks == 1
@@ -38,8 +38,8 @@ def test_every_key_has_a_comment(params):
         ({"fetch.source": "voc"}, ["fetch.source", "'voc'", "nearest is voc2012"]),
         ({"fetch.source": "directory"}, ["fetch", "fetch.directory"]),
         ({"encoder.pretrained": "yes"}, ["encoder.pretrained", "'yes'", "boolean"]),
-        ({"preprocess.size": 500}, ["preprocess.size", "500", "14", "nearest valid size is 504"]),
-        ({"preprocess.size": 224, "encoder.name": "vit_base_patch32_224"}, []),
+        ({"preprocess.image_size": 500}, ["preprocess.image_size", "500", "14", "nearest valid size is 504"]),
+        ({"preprocess.image_size": 224, "encoder.name": "vit_base_patch32_224"}, []),
         ({"epochs": 3}, ["'epochs'", "section.key"]),
     ],
 )

@@ -28,7 +28,7 @@ def project(make_raw, tmp_path, monkeypatch, root):
 
 def settings(params, **train_changes) -> Settings:
     overrides = {
-        "preprocess.size": 56, "encoder.name": "vit_small_patch14_dinov2", "encoder.pretrained": False,
+        "preprocess.image_size": 56, "encoder.name": "vit_small_patch14_dinov2", "encoder.pretrained": False,
         "decoder.channels": [16, 16, 8, 8], "train.epochs": 3, "train.workers": 0, "train.lr": 1e-3,
     }  # fmt: skip
     return load_settings(params, overrides | {f"train.{key}": value for key, value in train_changes.items()})

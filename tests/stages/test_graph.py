@@ -41,6 +41,19 @@ def test_checkpoints_are_keyed_by_the_same_code_as_train(stages):
     assert {dep for dep in stages["train"]["deps"] if "segm" in dep} == {f"segmentation/{name}.py" for name in CODE}
 
 
+def test_no_parameter_has_a_name_that_dvcs_run_cache_overlooks(root):
+    """`dvc.stage.cache` hashes a stage without the keys `size` and `nfiles`, parameters included."""
+
+    def names(values):
+        for key, value in values.items():
+            yield key
+            if isinstance(value, dict):
+                yield from names(value)
+
+    params = YAML(typ="safe").load((root / "params.yaml").read_text())
+    assert not {"size", "nfiles"} & set(names(params))
+
+
 def test_stage_module_and_section_share_one_name(stages, root):
     sections = {field.alias or name for name, field in Settings.model_fields.items()}
     for stage, entry in stages.items():

@@ -82,10 +82,10 @@ def test_metrics_and_plots_are_declared(reproduced):
 
 def test_a_refused_setting_stops_the_first_stage(reproduced, new_checkout):
     checkout = new_checkout()
-    set_params(checkout, TINY | {"preprocess.size": 500, "fetch.source": "sample"})
+    set_params(checkout, TINY | {"preprocess.image_size": 500, "fetch.source": "sample"})
     failed = dvc(checkout, "repro")
     assert failed.returncode != 0
-    assert "preprocess.size: 500" in failed.stdout
+    assert "preprocess.image_size: 500" in failed.stdout
     assert "nearest valid size is 504" in failed.stdout
     assert not (checkout / "data/raw").exists()
 
