@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -66,7 +67,8 @@ def run_experiment(
     child = subprocess.Popen(
         command, cwd=project_root(), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    last: deque[str] = deque(maxlen=60)
+    last: deque[str] = deque(maxlen=10)
+    why: list[str] = []
     try:
         assert child.stdout is not None
         for line in child.stdout:
@@ -75,11 +77,14 @@ def run_experiment(
             if text and not text.startswith("WARNING: No file hash info found"):
                 log(text)
                 last.append(text)
+                # from the first line that a stage or DVC marks as an error, each line once
+                if (why or text.lower().startswith(("error", "traceback"))) and text not in why:
+                    why.append(text)
         code = child.wait()
     finally:
         kill_tree(child.pid)
     if code:
-        raise PipelineError(f"`dvc exp run` failed (exit code {code}):\n" + "\n".join(_why(list(last))))
+        raise PipelineError(f"`dvc exp run` failed (exit code {code}):\n" + "\n".join(why or last))
     return find_revision(name)
 
 
@@ -164,9 +169,13 @@ def lineage(revision: Revision, folder: Path) -> dict[str, str]:
     Args:
         revision: the run.
         folder: what `copy_out` returned.
+
+    Raises:
+        PipelineError: `dvc.lock` is of other parameters or code than the revision's.
     """
     changed = _git("diff", "--name-only", revision.baseline, revision.commit, "--", ":!dvc.lock", ":!params.yaml")
     lock, params = (YAML(typ="safe").load((folder / name).read_text()) for name in ("dvc.lock", "params.yaml"))
+    _check_lock(revision, lock, params)
     checks = json.loads((folder / DATA_CHECKS).read_text(encoding="utf-8"))
     return {
         "experiment": revision.name,
@@ -179,6 +188,27 @@ def lineage(revision: Revision, folder: Path) -> dict[str, str]:
         "params_sha256": sha256_json(params),
         "data_checks": checks["result"],
     }
+
+
+def _check_lock(revision: Revision, lock: dict[str, Any], params: dict[str, Any]) -> None:
+    """Whether the results that `dvc.lock` names are those of the revision's parameters and code."""
+    stale = set()
+    for stage in lock["stages"].values():
+        for section, values in stage.get("params", {}).get("params.yaml", {}).items():
+            if params.get(section) != values:
+                stale.add(f"params.yaml: {section}")
+        for dep in stage["deps"]:
+            if dep["path"].endswith(".py"):
+                shown = subprocess.run(
+                    ["git", "show", f"{revision.commit}:{dep['path']}"], cwd=project_root(), capture_output=True
+                )
+                if hashlib.md5(shown.stdout, usedforsecurity=False).hexdigest() != dep["md5"]:
+                    stale.add(dep["path"])
+    if stale:
+        raise PipelineError(
+            f"dvc.lock of {revision.name} is of another {', '.join(sorted(stale))}; "
+            "run `dvc repro`, commit, and register that"
+        )
 
 
 def _check_identity() -> None:
@@ -204,9 +234,3 @@ def _hydra(value: Any) -> str:
     if isinstance(value, str):
         return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
     return json.dumps(value)
-
-
-def _why(lines: list[str]) -> list[str]:
-    """From the first line that a stage or DVC marks as an error, else the last ten."""
-    marked = [index for index, line in enumerate(lines) if line.lower().startswith(("error", "traceback"))]
-    return lines[marked[0] :] if marked else lines[-10:]

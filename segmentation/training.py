@@ -1,4 +1,4 @@
-"""Training with Lightning: resumable to the bit at every epoch, one at a time for the same settings and inputs."""
+"""Training with Lightning: resumable at every epoch (on a CPU to the bit), one at a time for one result."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ Batch = tuple[Tensor, Tensor, tuple[str, ...]]
 def train(settings: Settings, processed: Path, classes: list[str], models: Path, reports: Path, scratch: Path) -> None:
     """Train on split `train`, validate on `val` every epoch, write the kept weights and the history.
 
-    A checkpoint a epoch lies in `scratch/checkpoints/<key>`, keyed by everything that the result depends on; the next
+    A checkpoint an epoch lies in `scratch/checkpoints/<key>`, keyed by everything that the result depends on; the next
     run with the same key goes on from there.
 
     Args:

@@ -165,6 +165,12 @@ def test_a_branch_that_moved_on_is_registered_as_what_it_is_now(new_checkout, mo
         weights.append((folder / "models/segmenter.safetensors").read_bytes())
         assert weights[-1] == (checkout / "models/segmenter.safetensors").read_bytes()
     assert weights[0] != weights[1]
+
+    params = checkout / "params.yaml"
+    params.write_text(params.read_text().replace("seed: 1", "seed: 2"))
+    git(checkout, "commit", "--quiet", "-am", "Other parameters, no new result")
+    with pytest.raises(PipelineError, match=r"is of another params\.yaml: train; run `dvc repro`"):
+        register("HEAD")
     assert len(versions()) == 2
 
 
