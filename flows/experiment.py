@@ -136,7 +136,7 @@ def copy_out(revision: Revision) -> Path:
     """
     from dvc.api import DVCFileSystem
 
-    folder = project_root() / "runs" / revision.name.replace("/", "-")
+    folder = project_root() / "runs" / revision.name
     files = DVCFileSystem(str(project_root()), rev=revision.commit)
     folder.parent.mkdir(exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
@@ -157,7 +157,7 @@ def _fetch_outputs(files: Any, revision: Revision, folder: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             files.get(str(path), str(target), recursive=files.isdir(str(path)))
-        except (FileNotFoundError, OSError) as error:
+        except OSError as error:
             raise PipelineError(
                 f"{path} of {revision.name} cannot be had: {error}; run `dvc repro` and commit, or `dvc pull`"
             ) from None
@@ -192,18 +192,19 @@ def lineage(revision: Revision, folder: Path) -> dict[str, str]:
 
 def _check_lock(revision: Revision, lock: dict[str, Any], params: dict[str, Any]) -> None:
     """Whether the results that `dvc.lock` names are those of the revision's parameters and code."""
-    stale = set()
-    for stage in lock["stages"].values():
-        for section, values in stage.get("params", {}).get("params.yaml", {}).items():
-            if params.get(section) != values:
-                stale.add(f"params.yaml: {section}")
-        for dep in stage["deps"]:
-            if dep["path"].endswith(".py"):
-                shown = subprocess.run(
-                    ["git", "show", f"{revision.commit}:{dep['path']}"], cwd=project_root(), capture_output=True
-                )
-                if hashlib.md5(shown.stdout, usedforsecurity=False).hexdigest() != dep["md5"]:
-                    stale.add(dep["path"])
+    stages = lock["stages"].values()
+    stale = {
+        f"params.yaml: {section}"
+        for stage in stages
+        for section, values in stage.get("params", {}).get("params.yaml", {}).items()
+        if params.get(section) != values
+    }
+    # stages share modules: each is asked for once
+    code = {(dep["path"], dep["md5"]) for stage in stages for dep in stage["deps"] if dep["path"].endswith(".py")}
+    for path, md5 in code:
+        shown = subprocess.run(["git", "show", f"{revision.commit}:{path}"], cwd=project_root(), capture_output=True)
+        if hashlib.md5(shown.stdout, usedforsecurity=False).hexdigest() != md5:
+            stale.add(path)
     if stale:
         raise PipelineError(
             f"dvc.lock of {revision.name} is of another {', '.join(sorted(stale))}; "

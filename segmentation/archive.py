@@ -14,7 +14,7 @@ import requests
 from tqdm import tqdm
 
 from segmentation.errors import PipelineError
-from segmentation.voc import SPLITS, VocFolder, is_safe_id
+from segmentation.voc import SPLITS, VocFolder, is_safe_id, parse_lines
 
 ATTEMPTS = 4  # in a row that bring no new byte
 PAUSE = 2.0  # seconds before the second attempt; longer before each one after it
@@ -205,7 +205,6 @@ def _read_list(archive: Path, tar: tarfile.TarFile, member: tarfile.TarInfo) -> 
     stream = tar.extractfile(member)
     assert stream is not None
     try:
-        lines = stream.read().decode("utf-8").splitlines()
+        return parse_lines(stream.read())
     except UnicodeDecodeError:
         raise PipelineError(f"{archive}: {member.name} is no UTF-8 text; take another copy") from None
-    return [line.strip() for line in lines if line.strip()]

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from html import escape
-from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +17,7 @@ from tqdm import tqdm
 
 from segmentation.errors import PipelineError
 from segmentation.images import read_mask, read_photo
+from segmentation.parallel import process_pool
 from segmentation.voc import VOID, is_safe_id
 
 if TYPE_CHECKING:  # the workers that read files import this module: keep it light
@@ -149,8 +147,8 @@ def _read_all(processed: Path, manifest: dict[str, dict[str, Any]]) -> dict[str,
     masks = [is_safe_id(name) and manifest[name]["mask_problem"] is None for name in identifiers]
     if not any(photos) and not any(masks):
         return dict.fromkeys(identifiers, Copies())
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with ProcessPoolExecutor(min(cores, 32, len(identifiers)), mp_context=get_context("forkserver")) as pool:
+    pool, _ = process_pool(len(identifiers))
+    with pool:
         found = pool.map(partial(_read_back, processed), identifiers, photos, masks, chunksize=8)
         bar = tqdm(found, total=len(identifiers), desc="read back", unit="pair", disable=None)
         return dict(zip(identifiers, bar, strict=True))

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from segmentation import model as model_files
+from segmentation.decoder import upsample
 from segmentation.images import Pixels, resize_photo
 from segmentation.model import ModelCard, Segmenter
 
@@ -58,9 +59,7 @@ def mask_at(logits: Tensor, height: int, width: int) -> Pixels:
     best = torch.full((height, width), -torch.inf, device=logits.device)
     mask = torch.zeros((height, width), dtype=torch.uint8, device=logits.device)
     for label, plane in enumerate(logits):
-        resized = torch.nn.functional.interpolate(
-            plane[None, None], size=(height, width), mode="bilinear", align_corners=False
-        )[0, 0]
+        resized = upsample(plane[None, None], (height, width))[0, 0]
         better = resized > best
         mask[better] = label
         best = torch.where(better, resized, best)

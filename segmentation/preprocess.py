@@ -6,12 +6,10 @@ A faulty pair does not stop the run: its row says what is wrong, and `validate` 
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import asdict, dataclass, field
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import asdict, dataclass
 from itertools import islice
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +20,7 @@ from tqdm import tqdm
 from segmentation.errors import PipelineError
 from segmentation.files import atomic_path
 from segmentation.images import Pixels, mask_image, read_mask, read_photo, resize_mask, resize_photo
+from segmentation.parallel import process_pool
 from segmentation.voc import SPLITS, VOID, VocFolder, is_safe_id
 
 SCHEMA = pa.schema(
@@ -59,7 +58,7 @@ class Pair:
     mask_height: int | None = None
     original_labels: list[int] | None = None
     labels: list[int] | None = None
-    pixels: list[int] | None = field(default=None)
+    pixels: list[int] | None = None
     void_share: float | None = None
     image_sha256: str | None = None
     mask_sha256: str | None = None
@@ -100,9 +99,9 @@ def _process_all(
     raw: Path, processed: Path, size: int, classes: int, identifiers: list[str]
 ) -> Iterator[tuple[str, Pair]]:
     """Process pairs on all cores, a bounded number in flight; yields them as they finish."""
-    workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 32)
     waiting = iter(identifiers)
-    with ProcessPoolExecutor(workers, mp_context=get_context("forkserver")) as pool:
+    pool, workers = process_pool(len(identifiers))
+    with pool:
         running: dict[Future[Pair], str] = {}
         while True:
             for identifier in islice(waiting, 4 * workers - len(running)):

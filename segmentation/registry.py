@@ -22,7 +22,7 @@ from mlflow.types import ColSpec, DataType, Schema
 from ruamel.yaml import YAML
 
 from segmentation.errors import PipelineError
-from segmentation.paths import project_root
+from segmentation.paths import EVALUATION, MODEL, TRAINING, project_root, scratch
 
 MODEL_NAME = "voc-segmentation"
 EXPERIMENT = "voc-segmentation"
@@ -95,7 +95,7 @@ def register(files: Path, tags: Mapping[str, str], run_id: str | None = None) ->
         PipelineError: the tracking server does not answer, or gives up in between; calling again completes the work.
     """
     client = connect()
-    lock = project_root() / "scratch" / "register.lock"
+    lock = scratch() / "register.lock"
     lock.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(lock):
@@ -110,7 +110,7 @@ def register(files: Path, tags: Mapping[str, str], run_id: str | None = None) ->
 
 
 def _find(client: MlflowClient, dvc_lock_sha256: str) -> str | None:
-    """The version of this very result, if it is complete."""
+    """The newest version of this very result; tags come with the version, so what has them is whole."""
     versions = client.search_model_versions(f"name = '{MODEL_NAME}' and tags.dvc_lock_sha256 = '{dvc_lock_sha256}'")
     return str(max(int(found.version) for found in versions)) if versions else None
 
@@ -121,7 +121,7 @@ def _create_version(client: MlflowClient, files: Path, tags: Mapping[str, str], 
         model = mlflow.pyfunc.log_model(
             name="model",
             python_model=str(Path(__file__).with_name("pyfunc.py")),
-            artifacts={"model": str(files / "models")},
+            artifacts={"model": str(files / MODEL)},
             code_paths=[str(Path(__file__).parent)],
             pip_requirements=[f"{name}=={version(name)}" for name in REQUIREMENTS],
             signature=ModelSignature(
@@ -154,7 +154,7 @@ def _log_run(client: MlflowClient, files: Path, tags: Mapping[str, str], run_id:
     Returns:
         The scores, as tags for a version.
     """
-    metrics = flatten(json.loads((files / "reports/evaluation/metrics.json").read_text(encoding="utf-8")))
+    metrics = flatten(json.loads((files / EVALUATION / "metrics.json").read_text(encoding="utf-8")))
     params = flatten(YAML(typ="safe").load((files / "params.yaml").read_text(encoding="utf-8")))
     client.log_batch(
         run_id,
@@ -162,7 +162,7 @@ def _log_run(client: MlflowClient, files: Path, tags: Mapping[str, str], run_id:
         [Param(key, str(value)) for key, value in params.items()],
         [RunTag(key, value) for key, value in tags.items()],
     )
-    history = pd.read_csv(files / "reports/training/history.csv")
+    history = pd.read_csv(files / TRAINING / "history.csv")
     for key in history.columns.drop("epoch"):
         live = {point.step for point in client.get_metric_history(run_id, key)}
         rows = history[~history["epoch"].isin(live)]

@@ -86,12 +86,19 @@ class VocFolder:
         return names
 
 
+def parse_lines(text: bytes) -> list[str]:
+    """The lines of UTF-8 text that are not blank, stripped, without a byte-order mark.
+
+    Raises:
+        UnicodeDecodeError: it is something else.
+    """
+    return [line.strip() for line in text.decode("utf-8-sig").splitlines() if line.strip()]
+
+
 def _lines(path: Path, remedy: str) -> list[str]:
-    """The lines of a text file that are not blank, stripped, without a byte-order mark."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        return parse_lines(path.read_bytes())
     except FileNotFoundError:
         raise PipelineError(f"{path}: not found; {remedy}") from None
     except UnicodeDecodeError:
         raise PipelineError(f"{path}: no UTF-8 text; {remedy}") from None
-    return [line.strip() for line in lines if line.strip()]

@@ -12,7 +12,7 @@ import pytest
 from segmentation import archive as module
 from segmentation.archive import check_md5, download, extract_voc
 from segmentation.errors import PipelineError
-from segmentation.voc import SPLITS, VocFolder
+from segmentation.voc import SPLITS, VocFolder, parse_lines
 
 SUBSET = Path(__file__).parents[3] / "shared" / "voc2012-subset" / "VOCdevkit"
 BODY = bytes(range(256)) * 4000
@@ -295,3 +295,7 @@ def test_real_voc_pairs_come_out_as_they_went_in(tmp_path: Path) -> None:
         for name in first(split):
             assert folder.photo(name).read_bytes() == source.photo(name).read_bytes()
             assert folder.mask(name).read_bytes() == source.mask(name).read_bytes()
+
+
+def test_a_byte_order_mark_is_no_part_of_a_listed_id() -> None:
+    assert parse_lines(b"\xef\xbb\xbf2007_000033\r\n\n 2007_000063 \n") == ["2007_000033", "2007_000063"]

@@ -1,6 +1,4 @@
 import io
-import struct
-import zlib
 
 import numpy as np
 import pytest
@@ -10,6 +8,7 @@ from torchvision.transforms.v2 import functional as tv
 from segmentation.errors import PipelineError
 from segmentation.images import mask_image, read_mask, read_photo, resize_mask, resize_photo
 from segmentation.voc import VOID, VocFolder, is_safe_id, palette
+from tests.conftest import png_declaring
 
 
 def encoded(image: Image.Image, kind: str, **options) -> bytes:
@@ -20,16 +19,6 @@ def encoded(image: Image.Image, kind: str, **options) -> bytes:
 
 def noise(height: int = 40, width: int = 60) -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
-
-
-def png_declaring(width: int, height: int) -> bytes:
-    """A PNG whose header promises what its few bytes of data do not hold."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"0")) + chunk(b"IEND", b"")
 
 
 def test_a_photo_is_upright_rgb_and_says_what_it_is():

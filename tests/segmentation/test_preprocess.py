@@ -1,7 +1,5 @@
 import hashlib
 import os
-import struct
-import zlib
 
 import numpy as np
 import pandas as pd
@@ -10,6 +8,7 @@ from PIL import Image
 
 from segmentation.images import read_mask, resize_mask
 from segmentation.preprocess import preprocess
+from tests.conftest import png_declaring
 
 SIZE = 56
 
@@ -59,11 +58,7 @@ def truncated_photo(folder):
 
 
 def bomb(folder):
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0))
-    folder.photo("val1").write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", b"") + chunk(b"IEND", b""))
+    folder.photo("val1").write_bytes(png_declaring(60_000, 60_000))
 
 
 def folder_for_a_photo(folder):
