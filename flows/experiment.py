@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -61,7 +62,7 @@ def run_experiment(
     _check_identity()
     command = [sys.executable, "-m", "dvc", "exp", "run", "--name", name, *(["--temp"] if isolated else [])]
     for key, value in overrides.items():
-        command += ["--set-param", f"{key}={_hydra(value)}"]
+        command += ["--set-param", f"{key}={_hydra(key, value)}"]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     environment = os.environ | {"PATH": path, "PYTHONUNBUFFERED": "1", "FLOW_PID": str(os.getpid())} | dict(env)
     child = subprocess.Popen(
@@ -214,6 +215,13 @@ def _check_lock(revision: Revision, lock: dict[str, Any], params: dict[str, Any]
 
 def _check_identity() -> None:
     """DVC commits uncommitted edits to carry them along, and git wants a name for that."""
+    try:
+        _git("rev-parse", "--verify", "--quiet", "HEAD")
+    except (subprocess.CalledProcessError, FileNotFoundError):
+        raise PipelineError(
+            f"{project_root()}: no git repository with a commit, and a run is kept as one; "
+            "clone the project, or: git init && git add -A && git commit"
+        ) from None
     if not _git("status", "--porcelain", "--untracked-files=no"):
         return
     for key in ("user.name", "user.email"):
@@ -230,8 +238,12 @@ def _git(*arguments: str) -> str:
     ).stdout  # fmt: skip
 
 
-def _hydra(value: Any) -> str:
+def _hydra(key: str, value: Any) -> str:
     """A value in the grammar of `dvc exp run --set-param`, which is Hydra's."""
+    text = json.dumps(value, ensure_ascii=False)
+    if "${" in text:
+        raise PipelineError(f"{key}: {value!r} holds ${{, which DVC would replace; write it into params.yaml instead")
     if isinstance(value, str):
-        return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
-    return json.dumps(value)
+        # a backslash stands for itself, but before a quote
+        return "'" + re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), value) + "'"
+    return text

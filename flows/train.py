@@ -13,6 +13,7 @@ from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from flows import experiment
 from flows.experiment import Revision
@@ -32,8 +33,11 @@ def train(overrides: dict[str, Any] | None = None, isolated: bool = True) -> dic
         overrides: values that replace those of params.yaml for this run, by dotted key: {"train.epochs": 2}.
         isolated: run in a temporary copy, so that the checkout is not touched; else in the checkout itself.
     """
-    overrides = overrides or {}
-    load_settings(project_root() / "params.yaml", overrides)
+    overrides = dict(overrides or {})
+    settings = load_settings(project_root() / "params.yaml", overrides)
+    if settings.fetch.source == "directory":
+        # DVC watches the folder, and looks for it from wherever the experiment runs
+        overrides["fetch.directory"] = str((project_root() / settings.fetch.directory).resolve())
     name = experiment.new_name()
     run_id = _open_run(name)
     status = "KILLED"
@@ -153,7 +157,11 @@ def main() -> None:
             key, separator, value = setting.partition("=")
             if not separator:
                 raise PipelineError(f"--set {setting}: write it as key=value, for example train.epochs=2")
-            overrides[key] = yaml.load(value)
+            try:
+                overrides[key] = yaml.load(value)
+            except YAMLError as error:
+                reason = str(error).splitlines()[0]
+                raise PipelineError(f"--set {setting}: {value!r} is no YAML value: {reason}; quote it") from None
         with without_server():
             result = train(overrides, isolated=not arguments.in_place)
     except PipelineError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import timm
 import torch
@@ -13,6 +14,10 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 from torch import Tensor, nn
 
 from segmentation.errors import PipelineError
+from segmentation.paths import project_root
+
+if TYPE_CHECKING:  # the registered model runs without what settings need
+    from segmentation.settings import EncoderSettings
 
 
 class Encoder(nn.Module):
@@ -82,6 +87,21 @@ class Encoder(nn.Module):
         tokens = self.vit.norm(self.trainable(tokens))
         patches = tokens[:, self.vit.num_prefix_tokens :]
         return patches.transpose(1, 2).unflatten(2, (self.grid, self.grid))
+
+
+def checkpoint_path(settings: EncoderSettings) -> Path | None:
+    """`encoder.checkpoint` as a path; a relative one starts at the checkout."""
+    return project_root() / Path(settings.checkpoint).expanduser() if settings.checkpoint else None
+
+
+def check_encoder(settings: EncoderSettings, image_size: int) -> None:
+    """Build the encoder and load its weights, so that what is wrong with either shows before hours of other work.
+
+    Raises:
+        PipelineError: as `Encoder` and `load_weights`.
+    """
+    encoder = Encoder(settings.name, image_size, settings.trainable_blocks)
+    load_weights(encoder, settings.pretrained, checkpoint_path(settings))
 
 
 def load_weights(encoder: Encoder, pretrained: bool, checkpoint: Path | None) -> None:

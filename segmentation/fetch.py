@@ -42,8 +42,7 @@ def fetch(settings: FetchSettings, root: Path = RAW) -> None:
                 extract_voc(archive, fresh, settings.limit)
                 origin = archive.name
             elif settings.source == "directory":
-                assert settings.directory is not None  # FetchSettings checks it
-                source = _voc_folder(project_root() / Path(settings.directory).expanduser(), root)
+                source = _voc_folder(project_root() / settings.directory, root)
                 _copy(source, fresh, settings.limit)
                 origin = str(source.root)
             else:
@@ -94,10 +93,9 @@ def _checked_archive(settings: FetchSettings) -> Path:
                 download(settings.url, archive)
             try:
                 check_md5(archive, settings.md5)
-            except PipelineError as error:
-                archive.unlink()
+            except PipelineError as error:  # the file stays: a typo in fetch.md5 must not cost two gigabytes
                 raise PipelineError(
-                    f"{error}\nIt came from {settings.url} and is removed; the next run downloads it again"
+                    f"{error}\nIt came from {settings.url}; to download it again, delete it first"
                 ) from None
     except Timeout:
         raise PipelineError(f"{archive}: another run is downloading it; wait for that one, then run again") from None

@@ -31,7 +31,7 @@ def read_photo(source: Path | bytes) -> tuple[Image.Image, str]:
     Raises:
         PipelineError: no JPEG or PNG, truncated, or larger than `MAX_BYTES` or `MAX_PIXELS`.
     """
-    image = _open(source)
+    image, _ = _open(source, ("JPEG", "PNG"))
     kind = image.format or ""
     return ImageOps.exif_transpose(image).convert("RGB"), kind
 
@@ -40,11 +40,13 @@ def read_mask(source: Path | bytes) -> Pixels:
     """Decode a mask to its class ids, `[H, W]` uint8.
 
     Raises:
-        PipelineError: as `read_photo`, or the picture has not exactly one 8-bit channel.
+        PipelineError: no PNG (JPEG blurs labels), truncated, too large, or not exactly one 8-bit channel.
     """
-    image = _open(source)
-    if image.mode not in ("P", "L"):
-        raise PipelineError(f"{_name(source)}: mode {image.mode}; a mask has one 8-bit channel of class ids (P or L)")
+    image, stored = _open(source, ("PNG",))
+    # Pillow stretches grey of 2 or 4 bits over 0…255, which makes other labels of them
+    mode = stored if stored in ("L;2", "L;4") else image.mode
+    if mode not in ("P", "L"):
+        raise PipelineError(f"{_name(source)}: mode {mode}; a mask has one 8-bit channel of class ids (P or L)")
     return np.asarray(image)
 
 
@@ -65,7 +67,8 @@ def mask_image(mask: Pixels) -> Image.Image:
     return image
 
 
-def _open(source: Path | bytes) -> Image.Image:
+def _open(source: Path | bytes, formats: tuple[str, ...]) -> tuple[Image.Image, str]:
+    """The decoded picture, and Pillow's name of how its pixels are stored."""
     size = len(source) if isinstance(source, bytes) else source.stat().st_size
     if size > MAX_BYTES:
         raise PipelineError(f"{_name(source)}: {size:,} bytes; at most {MAX_BYTES:,} are read")
@@ -74,19 +77,20 @@ def _open(source: Path | bytes) -> Image.Image:
         with warnings.catch_warnings():
             # Pillow warns of large pictures at its own limit; ours is checked below, before anything is decoded.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=("JPEG", "PNG"))
+            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats)
             if image.width * image.height > MAX_PIXELS:
                 raise PipelineError(
                     f"{_name(source)}: declares {image.width}×{image.height} pixels; at most {MAX_PIXELS:,} are decoded"
                 )
+            stored = image.tile[0][3]
             image.load()
     except PipelineError:
         raise
     except Image.DecompressionBombError as error:
         raise PipelineError(f"{_name(source)}: declares too many pixels: {error}") from None
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more
-        raise PipelineError(f"{_name(source)}: no readable JPEG or PNG: {error}") from None
-    return image
+        raise PipelineError(f"{_name(source)}: no readable {' or '.join(formats)}: {error}") from None
+    return image, str(stored)
 
 
 def _name(source: Path | bytes) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -58,26 +59,51 @@ def connect() -> MlflowClient:
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)
     client = MlflowClient(uri, uri)
-    try:
+    with _answering():
         if client.get_experiment_by_name(EXPERIMENT) is None:
             local = f"file://{project_root()}/mlruns/artifacts" if uri.startswith("sqlite:") else None
             client.create_experiment(EXPERIMENT, artifact_location=local)
-    except (MlflowException, OSError) as error:
-        raise PipelineError(f"MLFLOW_TRACKING_URI: {uri} does not answer: {str(error).splitlines()[0]}") from None
     return client
 
 
 def start_run(name: str) -> str:
-    """Open a run that live curves go to; returns its id."""
+    """Open a run that live curves go to, or go on with the open one of this name; returns its id.
+
+    Raises:
+        PipelineError: the tracking server does not answer.
+    """
     client = connect()
-    experiment = client.get_experiment_by_name(EXPERIMENT)
-    assert experiment is not None
-    return client.create_run(experiment.experiment_id, run_name=name).info.run_id
+    with _answering():
+        experiment = client.get_experiment_by_name(EXPERIMENT)
+        assert experiment is not None
+        # left open by a flow that was killed before it registered
+        open_ones = client.search_runs(
+            [experiment.experiment_id], f"attributes.run_name = '{name}' and attributes.status = 'RUNNING'"
+        )
+        if open_ones:
+            return open_ones[0].info.run_id
+        return client.create_run(experiment.experiment_id, run_name=name).info.run_id
 
 
 def end_run(run_id: str, status: str) -> None:
-    """Close a run as `FINISHED`, `FAILED` or `KILLED`."""
-    connect().set_terminated(run_id, status)
+    """Close a run as `FINISHED`, `FAILED` or `KILLED`.
+
+    Raises:
+        PipelineError: the tracking server does not answer.
+    """
+    client = connect()
+    with _answering():
+        client.set_terminated(run_id, status)
+
+
+@contextmanager
+def _answering() -> Iterator[None]:
+    try:
+        yield
+    except (MlflowException, OSError) as error:
+        raise PipelineError(
+            f"MLFLOW_TRACKING_URI: {tracking_uri()} does not answer: {str(error).splitlines()[0]}"
+        ) from None
 
 
 def register(files: Path, tags: Mapping[str, str], run_id: str | None = None) -> Registered:
@@ -99,11 +125,11 @@ def register(files: Path, tags: Mapping[str, str], run_id: str | None = None) ->
     lock.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(lock):
-            run_id = run_id or start_run(tags["experiment"])
-            scores = _log_run(client, files, tags, run_id)
             number = _find(client, tags["dvc_lock_sha256"])
-            if number is None:
-                number = _create_version(client, files, {**tags, **scores}, run_id)
+            if number is None or run_id is not None:  # a run opened for it gets its files in any case
+                run_id = run_id or start_run(tags["experiment"])
+                scores = _log_run(client, files, tags, run_id)
+                number = number or _create_version(client, files, {**tags, **scores}, run_id)
             return Registered(number, _move_aliases(client, number))
     except (MlflowException, OSError) as error:
         raise PipelineError(f"{tracking_uri()}: registering failed, try again: {error}") from error

@@ -30,14 +30,8 @@ class FetchSettings(Section):
     archive: str | None
     url: str
     md5: str = Field(pattern="^[0-9a-f]{32}$")
-    directory: str | None
+    directory: str
     limit: int | None = Field(ge=1)
-
-    @model_validator(mode="after")
-    def _directory_is_named(self) -> FetchSettings:
-        if self.source == "directory" and self.directory is None:
-            raise ValueError("source is 'directory', so set fetch.directory to the folder that holds JPEGImages/")
-        return self
 
 
 class PreprocessSettings(Section):
@@ -176,6 +170,8 @@ def _section(name: str) -> type[BaseModel]:
 
 def _nearest_of_type(kind: str, value: Any) -> str:
     try:
+        if kind == "string_type" and value is not None:
+            return f"; put it in quotes: '{value}'"
         if kind == "int_type":
             return f"; the nearest valid value is {round(float(value))}"
         if kind == "float_type":

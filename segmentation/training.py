@@ -11,7 +11,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,12 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from segmentation import model as model_files
 from segmentation.data import PairDataset, split_ids
-from segmentation.encoder import load_weights
+from segmentation.encoder import checkpoint_path, load_weights
 from segmentation.errors import PipelineError
 from segmentation.files import atomic_path, sha256_file, sha256_json
 from segmentation.losses import cross_entropy, lovasz_softmax
 from segmentation.metrics import confusion_matrices, miou, pixel_accuracy, report_miou
 from segmentation.model import ModelCard, Segmenter
-from segmentation.paths import project_root
 from segmentation.settings import EncoderSettings, Settings, TrainSettings
 from segmentation.tracking import LiveCurves
 
@@ -61,7 +60,7 @@ def train(settings: Settings, processed: Path, classes: list[str], models: Path,
         PipelineError: weights that cannot be had, a loss that is not finite, or the same training already running.
     """
     L.seed_everything(settings.train.seed, workers=True, verbose=False)
-    checkpoint = project_root() / settings.encoder.checkpoint if settings.encoder.checkpoint else None
+    checkpoint = checkpoint_path(settings.encoder)
     card = ModelCard(
         encoder=settings.encoder.name,
         trainable_blocks=settings.encoder.trainable_blocks,
@@ -186,7 +185,7 @@ def _fit(task: TrainingTask, settings: Settings, processed: Path, folder: Path) 
         )
         device = trainer.strategy.root_device
         print(f"train: {len(train_set)} train and {len(val_set)} val pairs on {device}", flush=True)
-        if last.exists():
+        if _is_whole(last):
             print(f"train: going on from the last finished epoch in {folder}", flush=True)
         trainer.fit(
             task,
@@ -252,16 +251,26 @@ def _checkpoint_folder(folder: Path) -> Iterator[Path]:
         lock.release()
 
 
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether there is a checkpoint to go on from; a damaged one is put aside, and said."""
+    if not checkpoint.exists():
+        return False
+    try:
+        torch.load(checkpoint, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises whatever zipfile, pickle or the disk do
+        aside = checkpoint.replace(checkpoint.with_suffix(".damaged"))
+        print(f"warning: {checkpoint} is damaged ({error}); kept as {aside.name}, training starts over", flush=True)
+        return False
+    return True
+
+
 def _forget_old(current: Path) -> None:
     """Delete all but the newest checkpoint folders, leaving those in use."""
-    folders = sorted(current.parent.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
-    for folder in folders[KEPT_CHECKPOINT_FOLDERS:]:
-        lock = FileLock(folder / "lock", timeout=0)
-        try:
-            with lock:
+    with suppress(FileNotFoundError):  # another training may be tidying up as well
+        folders = sorted(current.parent.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
+        for folder in folders[KEPT_CHECKPOINT_FOLDERS:]:
+            with suppress(Timeout, OSError), FileLock(folder / "lock", timeout=0):
                 shutil.rmtree(folder)
-        except (Timeout, OSError):
-            continue
 
 
 def _key(settings: Settings, card: ModelCard, processed: Path) -> str:

@@ -7,6 +7,10 @@ from stages._stage import run_stage
 def main(settings: Settings) -> None:
     from segmentation.fetch import fetch
 
+    if settings.fetch.source != "sample":  # before a long download or copy
+        from segmentation.encoder import check_encoder
+
+        check_encoder(settings.encoder, settings.preprocess.image_size)
     fetch(settings.fetch)
 
 

@@ -74,11 +74,11 @@ def new_checkout(tmp_path_factory):
     return make
 
 
-def png_declaring(width: int, height: int) -> bytes:
-    """A PNG whose header promises what its few bytes of data do not hold."""
+def png_declaring(width: int, height: int, bits: int = 8, kind: int = 2, rows: bytes = b"0") -> bytes:
+    """A PNG written byte by byte: its header may promise what its data does not hold."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"0")) + chunk(b"IEND", b"")
+    header = struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")

@@ -13,13 +13,15 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from PIL import Image
+from ruamel.yaml import YAML
 
+from flows.experiment import _hydra
 from flows.register import register
 from flows.train import train
 from segmentation.errors import PipelineError
 from segmentation.images import read_mask
 from segmentation.predictor import Predictor
-from segmentation.registry import connect
+from segmentation.registry import connect, end_run, start_run
 from segmentation.sample import draw_sample
 from segmentation.voc import VocFolder
 from tests.conftest import TINY, environment, git
@@ -201,6 +203,16 @@ def test_faulty_data_lists_every_offender_and_registers_nothing(checkout, tmp_pa
     assert len(versions()) == count
 
 
+def test_own_photos_in_a_relative_folder_are_watched_by_recorded_runs(checkout):
+    folder = VocFolder(checkout / "data/own")
+    draw_sample(folder.root, 4)
+    result = train(TINY | {"fetch.source": "directory", "fetch.directory": "data/own", "train.epochs": 1})
+    assert git(checkout, "status", "--porcelain") == ""
+    lock = YAML(typ="safe").load((Path(result["folder"]) / "dvc.lock").read_text())
+    watched = {dep["path"]: dep for dep in lock["stages"]["fetch"]["deps"]}[str(folder.root)]
+    assert watched["nfiles"] == len([path for path in folder.root.rglob("*") if path.is_file()])
+
+
 def test_a_tracking_server_that_is_away_costs_no_training(checkout, monkeypatch):
     with monkeypatch.context() as away:
         away.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
@@ -213,6 +225,47 @@ def test_a_tracking_server_that_is_away_costs_no_training(checkout, monkeypatch)
     assert register(name) == first
     assert len(versions()) == count + 1
     assert aliases() == {"challenger": first, "champion": "1"}
+    assert len(runs_named(name)) == 1
+
+
+def runs_named(name: str) -> list:
+    experiment = connect().get_experiment_by_name(MODEL)
+    return connect().search_runs([experiment.experiment_id], f"attributes.run_name = '{name}'")
+
+
+def test_registering_goes_on_with_the_run_that_a_killed_flow_left_open(checkout, trained):
+    name = trained[1]["experiment"]
+    opened = start_run("left open")
+    assert start_run("left open") == opened
+    end_run(opened, "KILLED")
+    assert start_run("left open") != opened
+    assert register(name) == "1"
+    assert len(runs_named(name)) == 1
+
+
+@pytest.mark.parametrize("text", [r"a\b", r"it's", r"back\'s", "end\\", 'say "x"', "a=b, c: {d}", "[1]"])
+def test_text_reaches_params_as_it_was_written(text):
+    parser = pytest.importorskip("hydra.core.override_parser.overrides_parser").OverridesParser.create()
+    assert parser.parse_override(f"fetch.url={_hydra('fetch.url', text)}").value() == text
+
+
+def test_what_dvc_would_replace_is_refused():
+    with pytest.raises(PipelineError, match=r"fetch\.url: .* holds \$\{"):
+        _hydra("fetch.url", "a${b}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [(["--set=train.lr=[1"], "--set train.lr=[1: '[1' is no YAML value"), ([], "no git repository")],
+)
+def test_what_the_user_can_mend_is_one_message(arguments, says, tmp_path, root):
+    (tmp_path / "params.yaml").write_bytes((root / "params.yaml").read_bytes())
+    command = [sys.executable, "-m", "flows.train", *arguments]
+    env = environment() | {"PYTHONPATH": str(root)}
+    failed = subprocess.run(command, cwd=tmp_path, env=env, text=True, capture_output=True, check=False)
+    assert failed.returncode == 1
+    assert says in failed.stderr
+    assert "Traceback" not in failed.stderr
 
 
 def register_without_waiting():
@@ -245,7 +298,7 @@ def test_the_same_training_twice_at_once_is_refused_and_another_goes_beside_it(c
     try:
         with pytest.raises(PipelineError, match="is training exactly this already"):
             train(TINY | {"train.epochs": 400})
-        assert train(TINY | {"train.seed": 5})["version"]
+        assert train(TINY | {"train.epochs": 1})["version"]
         assert flow.poll() is None
     finally:
         flow.terminate()

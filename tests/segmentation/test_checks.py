@@ -303,7 +303,7 @@ def test_written_files_are_read_back(tmp_path: Path) -> None:
     assert set(offenders) == {"mask_readable", "photo_readable", "copies_unchanged", "val_classes_in_train"}
     masks, photos = dict(offenders["mask_readable"]), dict(offenders["photo_readable"])
     assert masks["SegmentationClass/t0.png"] == "processed copy masks/t0.png is missing"
-    assert masks["SegmentationClass/t1.png"].startswith("processed copy masks/t1.png: no readable JPEG or PNG")
+    assert masks["SegmentationClass/t1.png"].startswith("processed copy masks/t1.png: no readable PNG")
     assert photos["JPEGImages/v0.jpg"].startswith("processed copy images/v0.png: no readable JPEG or PNG")
     assert photos["JPEGImages/v1.jpg"] == "processed copy images/v1.png is missing"
     assert [file for file, _ in offenders["copies_unchanged"]] == ["SegmentationClass/v2.png"]

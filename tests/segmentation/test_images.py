@@ -51,6 +51,13 @@ def test_a_mask_keeps_its_ids_and_rgb_is_refused(tmp_path):
         read_mask(path)
 
 
+def test_a_mask_that_would_be_read_as_other_labels_is_refused():
+    with pytest.raises(PipelineError, match="no readable PNG"):
+        read_mask(encoded(Image.fromarray(np.zeros((9, 9), np.uint8)), "JPEG"))
+    with pytest.raises(PipelineError, match="mode L;2; a mask has one 8-bit channel"):
+        read_mask(png_declaring(4, 1, bits=2, kind=0, rows=b"\x00\x1b"))  # 0 1 2 3, which Pillow reads as 0 85 170 255
+
+
 def test_photo_resizing_equals_torchvision_antialiased():
     photo = noise(137, 211)
     reference = tv.resize(tv.pil_to_tensor(photo), [70, 70], antialias=True)

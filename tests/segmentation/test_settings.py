@@ -36,7 +36,7 @@ def test_every_key_has_a_comment(params):
         ({"train.lr": "1e-4"}, ["train.lr", "'1e-4'", "nearest valid value is 0.0001"]),
         ({"train.keep": "bst"}, ["train.keep", "'bst'", "nearest is best"]),
         ({"fetch.source": "voc"}, ["fetch.source", "'voc'", "nearest is voc2012"]),
-        ({"fetch.source": "directory"}, ["fetch", "fetch.directory"]),
+        ({"fetch.md5": 12345678901234567890123456789012}, ["fetch.md5", "quotes: '12345678901234567890123456789012'"]),
         ({"encoder.pretrained": "yes"}, ["encoder.pretrained", "'yes'", "boolean"]),
         ({"preprocess.image_size": 500}, ["preprocess.image_size", "500", "14", "nearest valid size is 504"]),
         ({"preprocess.image_size": 224, "encoder.name": "vit_base_patch32_224"}, []),

@@ -121,6 +121,16 @@ def test_a_finished_training_is_not_repeated(project, tmp_path, capsys):
     assert same(first[0], second[0])
 
 
+def test_a_damaged_checkpoint_is_put_aside_and_training_starts_over(project, tmp_path, capsys):
+    first = run(tmp_path, settings(project, epochs=1))
+    (last,) = (tmp_path / "scratch/checkpoints").glob("*/last.ckpt")
+    last.write_bytes(last.read_bytes()[:-1000])
+    second = run(tmp_path, settings(project, epochs=1))
+    assert f"{last} is damaged" in capsys.readouterr().out
+    assert last.with_suffix(".damaged").exists()
+    assert same(first[0], second[0])
+
+
 def test_other_settings_or_data_have_a_checkpoint_of_their_own(project, tmp_path):
     run(tmp_path, settings(project))
     run(tmp_path, settings(project, lr=2e-3))

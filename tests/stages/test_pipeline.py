@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
+from segmentation.sample import draw_sample
+from segmentation.voc import VocFolder
 from tests.conftest import TINY, environment, git
 
 DVC = (sys.executable, "-m", "dvc")
@@ -78,6 +80,25 @@ def test_more_epochs_rerun_train_and_evaluate_alone(reproduced):
 def test_metrics_and_plots_are_declared(reproduced):
     assert "miou" in dvc(reproduced, "metrics", "show").stdout
     assert "history.csv" in dvc(reproduced, "plots", "show", "--show-vega", "reports/training/history.csv").stdout
+
+
+def test_changed_photos_of_ones_own_are_fetched_anew(new_checkout, tmp_path):
+    checkout, folder = new_checkout(), VocFolder(tmp_path / "own")
+    draw_sample(folder.root, 2)
+    set_params(checkout, TINY | {"fetch.source": "directory", "fetch.directory": str(folder.root)})
+    assert ran(dvc(checkout, "repro", "fetch").stdout) == ["fetch"]
+    assert ran(dvc(checkout, "repro", "fetch").stdout) == []
+    folder.mask("val_001").write_bytes(folder.mask("val_002").read_bytes())
+    assert ran(dvc(checkout, "repro", "fetch").stdout) == ["fetch"]
+    assert VocFolder(checkout / "data/raw").mask("val_001").read_bytes() == folder.mask("val_001").read_bytes()
+
+
+def test_a_wrong_encoder_shows_before_the_data_is_fetched(new_checkout, tmp_path):
+    checkout = new_checkout()
+    set_params(checkout, TINY | {"fetch.source": "voc2012", "encoder.name": "vit_smal_patch14_dinov2"})
+    failed = dvc(checkout, "repro")
+    assert "the nearest is vit_small_patch14_dinov2" in failed.stdout
+    assert "VOCtrainval" not in failed.stdout
 
 
 def test_a_refused_setting_stops_the_first_stage(reproduced, new_checkout):
