@@ -10,7 +10,7 @@ import difflib
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
@@ -46,7 +46,7 @@ class EncoderSettings(Section):
     name: str
     pretrained: bool
     checkpoint: str | None
-    trainable_blocks: int = Field(ge=0)
+    trainable_blocks: Annotated[int, Field(ge=0)] | Literal["all"]
 
     @property
     def patch_size(self) -> int | None:
@@ -56,7 +56,10 @@ class EncoderSettings(Section):
 
 
 class DecoderSettings(Section):
+    type: Literal["unet", "linear"]
     channels: list[int] = Field(min_length=4, max_length=4)
+    norm: Literal["batch", "group", "layer"]
+    skip_connections: list[Annotated[int, Field(ge=0)]] = Field(max_length=3)
 
     @model_validator(mode="after")
     def _channels_are_positive(self) -> DecoderSettings:
@@ -68,22 +71,45 @@ class DecoderSettings(Section):
 class TrainSettings(Section):
     epochs: int = Field(ge=1)
     batch_size: int = Field(ge=1)
+    accumulate: int = Field(ge=1)
     lr: float = Field(gt=0)
+    weight_decay: float = Field(ge=0)
+    encoder_lr_scale: float = Field(gt=0)
+    layer_decay: float = Field(gt=0, le=1)
+    schedule: Literal["constant", "cosine", "onecycle", "poly"]
+    warmup_epochs: int = Field(ge=0)
+    gradient_clip: Annotated[float, Field(gt=0)] | None
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None
     lovasz_softmax: float = Field(ge=0)
     cross_entropy: float = Field(ge=0)
+    dice: float = Field(ge=0)
+    focal: float = Field(ge=0)
+    class_weights: Literal["none", "median_frequency"]
+    horizontal_flip: float = Field(ge=0, le=1)
+    scale: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=2, max_length=2)] | None
+    colour_jitter: float = Field(ge=0, le=1)
     keep: Literal["best", "last"]
+    panel_epochs: list[Annotated[int, Field(ge=1)]]
     seed: int = Field(ge=0, lt=2**32)
     workers: int = Field(ge=0)
 
     @model_validator(mode="after")
-    def _some_loss_has_weight(self) -> TrainSettings:
-        if self.lovasz_softmax + self.cross_entropy == 0:
-            raise ValueError("lovasz_softmax and cross_entropy are both 0; the report has lovasz_softmax: 1.0")
+    def _fits_together(self) -> TrainSettings:
+        if self.lovasz_softmax + self.cross_entropy + self.dice + self.focal == 0:
+            raise ValueError("every loss has weight 0; the report has lovasz_softmax: 1.0")
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(f"warmup_epochs: {self.warmup_epochs} leaves none of {self.epochs} epochs; lower it")
+        if self.scale and self.scale[0] > self.scale[1]:
+            raise ValueError(f"scale: {self.scale} is no range; write [smallest, largest]")
         return self
 
 
 class EvaluateSettings(Section):
     panels: int = Field(ge=1)
+    flip: bool
+    scales: list[Annotated[float, Field(gt=0)]] = Field(min_length=1)
+    sliding_window: bool
+    bootstrap: int = Field(ge=1)
 
 
 class Settings(Section):
