@@ -1,15 +1,21 @@
-"""Processed pairs as tensors."""
+"""Processed pairs as tensors, and their augmentation."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, DistributedSampler
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from segmentation.voc import VOID
 
 
 def split_ids(manifest: Path, split: str) -> list[str]:
@@ -18,17 +24,78 @@ def split_ids(manifest: Path, split: str) -> list[str]:
     return table.loc[table["split"] == split, "id"].tolist()
 
 
-class PairDataset(Dataset[tuple[Tensor, Tensor, str]]):
-    """Pairs of `data/processed`: image `[3, S, S]` uint8 RGB, mask `[S, S]` uint8 class ids (255 void), id."""
+def class_pixels(manifest: Path, split: str) -> Tensor:
+    """Labelled pixels of each class in a split, `[C]` int64."""
+    table = pd.read_parquet(manifest, columns=["split", "pixels"])
+    return torch.from_numpy(np.stack(table.loc[table["split"] == split, "pixels"].to_list()).sum(0))
 
-    def __init__(self, processed: Path, ids: list[str]) -> None:
-        self.processed, self.ids = processed, ids
+
+class PairDataset(Dataset[tuple[Tensor, Tensor, str]]):
+    """Pairs of `data/processed`: image `[3, S, S]` uint8 RGB, mask `[S, S]` uint8 class ids (255 void), id.
+
+    Args:
+        processed: the folder.
+        ids: which pairs.
+        augmentation: changes image and mask together, see `augmentation`; a pair is then asked for by what
+            `EpochSampler` yields, and what happens to it depends on that alone, in whatever process.
+    """
+
+    def __init__(self, processed: Path, ids: list[str], augmentation: v2.Transform | None = None) -> None:
+        self.processed, self.ids, self.augmentation = processed, ids, augmentation
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, str]:
-        identifier = self.ids[index]
-        image = np.array(Image.open(self.processed / "images" / f"{identifier}.png"))
-        mask = np.array(Image.open(self.processed / "masks" / f"{identifier}.png"))
-        return torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(mask), identifier
+    def __getitem__(self, index: int | tuple[int, int]) -> tuple[Tensor, Tensor, str]:
+        position, seed = index if isinstance(index, tuple) else (index, 0)
+        identifier = self.ids[position]
+        pixels = np.array(Image.open(self.processed / "images" / f"{identifier}.png"))
+        labels = np.array(Image.open(self.processed / "masks" / f"{identifier}.png"))
+        image, mask = torch.from_numpy(pixels).permute(2, 0, 1), torch.from_numpy(labels)
+        if self.augmentation is not None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                image, mask = self.augmentation(tv_tensors.Image(image), tv_tensors.Mask(mask))
+            image, mask = image.as_subclass(Tensor), mask.as_subclass(Tensor)
+        return image, mask, identifier
+
+
+class EpochSampler(DistributedSampler[Any]):
+    """Positions in an order that depends on seed and epoch alone, each with the seed of its augmentation.
+
+    Lightning tells it the epoch; so a resumed run goes on exactly as an uninterrupted one.
+    """
+
+    def __init__(self, dataset: PairDataset, seed: int) -> None:
+        super().__init__(dataset, num_replicas=1, rank=0, seed=seed)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        seeds = torch.randint(2**62, (len(self.dataset),), generator=generator).tolist()  # type: ignore[arg-type]
+        return ((position, seeds[position]) for position in super().__iter__())
+
+
+def augmentation(
+    image_size: int, horizontal_flip: float, scale: tuple[float, float] | None, colour_jitter: float
+) -> v2.Transform | None:
+    """Random changes of an image and its mask together, or None where nothing would change.
+
+    Args:
+        image_size: S; both keep it.
+        horizontal_flip: probability of mirroring.
+        scale: range of a random size; then S × S is cropped at random, and what is missing is padded: the image with
+            black, the mask with void.
+        colour_jitter: strength of random brightness, contrast and saturation; hue moves a quarter of it.
+    """
+    steps: list[v2.Transform] = []
+    if scale is not None:
+        fill = {tv_tensors.Image: 0, tv_tensors.Mask: VOID}
+        steps += [
+            v2.ScaleJitter((image_size, image_size), scale, antialias=True),
+            v2.RandomCrop(image_size, pad_if_needed=True, fill=fill),
+        ]
+    if horizontal_flip:
+        steps.append(v2.RandomHorizontalFlip(horizontal_flip))
+    if colour_jitter:
+        steps.append(v2.ColorJitter(colour_jitter, colour_jitter, colour_jitter, colour_jitter / 4))
+    return v2.Compose(steps) if steps else None

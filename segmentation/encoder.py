@@ -1,16 +1,19 @@
-"""A timm vision transformer that yields patch tokens, split into a frozen and a trained part."""
+"""A timm vision transformer that yields patch tokens, frozen but for its last blocks."""
 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from timm.models import eva, vision_transformer
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from segmentation.errors import PipelineError
@@ -19,45 +22,51 @@ from segmentation.paths import project_root
 if TYPE_CHECKING:  # the registered model runs without what settings need
     from segmentation.settings import EncoderSettings
 
+ViT: TypeAlias = "VisionTransformer | Eva"
+
 
 class Encoder(nn.Module):
-    """ViT: images `[B, 3, S, S]`, normalised, to a token grid `[B, D, S/patch, S/patch]`.
+    """ViT: images `[B, 3, H, W]`, normalised, to token grids `[B, D, H/patch, W/patch]`.
 
     The patch embedding, all blocks but the last `trainable_blocks` and the final norm are frozen: they take no
-    gradient and stay in eval mode.
+    gradient and stay in eval mode. Sides other than `image_size` are taken too; position embeddings are resampled.
 
     Args:
         name: a timm model name.
-        image_size: S, pixels; a multiple of the patch.
-        trainable_blocks: how many of the last blocks are trained.
+        image_size: side of the square that position embeddings are made for, pixels; a multiple of the patch.
+        trainable_blocks: how many of the last blocks are trained; "all" trains the whole encoder, embeddings included.
+        skip_blocks: blocks, numbered from 0, whose tokens are handed out as well.
 
     Raises:
-        PipelineError: unknown name, no plain ViT, a size that the patch does not divide, more blocks than there are.
+        PipelineError: unknown name, no plain ViT, a size that the patch does not divide, or blocks that it has not.
     """
 
-    def __init__(self, name: str, image_size: int, trainable_blocks: int) -> None:
+    def __init__(
+        self, name: str, image_size: int, trainable_blocks: int | Literal["all"], skip_blocks: Sequence[int] = ()
+    ) -> None:
         super().__init__()
-        self.name = name
+        self.name, self.skip_blocks = name, tuple(skip_blocks)
         self.vit = _create(name, image_size)
-        patch = self.vit.patch_embed.patch_size[0]
-        if image_size % patch:
-            nearest = max(patch, round(image_size / patch) * patch)
+        self.patch: int = self.vit.patch_embed.patch_size[0]
+        if image_size % self.patch:
+            nearest = max(self.patch, round(image_size / self.patch) * self.patch)
             raise PipelineError(
-                f"preprocess.image_size: {image_size} is no multiple of the patch, {patch}; use {nearest}"
+                f"preprocess.image_size: {image_size} is no multiple of the patch, {self.patch}; use {nearest}"
             )
         depth = len(self.vit.blocks)
-        if trainable_blocks > depth:
+        if trainable_blocks != "all" and trainable_blocks > depth:
             raise PipelineError(f"encoder.trainable_blocks: {trainable_blocks}, but {name} has {depth} blocks")
-        self.first_trainable = depth - trainable_blocks
+        if beyond := [block for block in self.skip_blocks if block >= depth]:
+            raise PipelineError(f"decoder.skip_connections: {beyond}, but the blocks of {name} are 0 to {depth - 1}")
         self.dim: int = self.vit.embed_dim
-        self.grid: int = image_size // patch
+        self.first_trainable = -1 if trainable_blocks == "all" else depth - trainable_blocks
         self.requires_grad_(False)
         self.trainable.requires_grad_(True)
 
     @property
-    def trainable(self) -> nn.Sequential:
-        """The trained blocks."""
-        return self.vit.blocks[self.first_trainable :]
+    def trainable(self) -> nn.Module:
+        """What is trained: the last blocks, or everything."""
+        return self.vit if self.first_trainable < 0 else self.vit.blocks[self.first_trainable :]
 
     @property
     def mean_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -70,23 +79,27 @@ class Encoder(nn.Module):
         self.trainable.train(mode)
         return self
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.forward_trainable(self.forward_frozen(images))
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """The last block's grid, then those of `skip_blocks` in their order, each after the final norm."""
+        vit, taken = self.vit, {}
+        grid = [side // self.patch for side in images.shape[-2:]]
+        tokens, rope = self._embed(images)
+        for index, block in enumerate(vit.blocks):
+            if rope is None:
+                tokens = block(tokens)
+            else:  # DINOv3 and others rotate by position inside each block
+                tokens = block(tokens, rope=rope[index] if getattr(vit, "rope_mixed", False) else rope)
+            if index in self.skip_blocks:
+                taken[index] = tokens
+        chosen = [tokens, *(taken[index] for index in self.skip_blocks)]
+        return [vit.norm(t)[:, vit.num_prefix_tokens :].transpose(1, 2).unflatten(2, grid) for t in chosen]
 
-    @torch.no_grad()
-    def forward_frozen(self, images: Tensor) -> Tensor:
-        """Patch embedding and frozen blocks: `[B, 3, S, S]` to tokens `[B, P + N, D]`, P prefix tokens first."""
+    def _embed(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Tokens `[B, P + N, D]`, P prefix tokens first, and the rotary embedding where the model has one."""
         vit = self.vit
-        tokens = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
-        for block in vit.blocks[: self.first_trainable]:
-            tokens = block(tokens)
-        return tokens
-
-    def forward_trainable(self, tokens: Tensor) -> Tensor:
-        """Trained blocks and final norm: tokens `[B, P + N, D]` to a grid `[B, D, √N, √N]`."""
-        tokens = self.vit.norm(self.trainable(tokens))
-        patches = tokens[:, self.vit.num_prefix_tokens :]
-        return patches.transpose(1, 2).unflatten(2, (self.grid, self.grid))
+        embedded = vit._pos_embed(vit.patch_embed(images))
+        tokens, rope = embedded if isinstance(embedded, tuple) else (vit.patch_drop(embedded), None)
+        return vit.norm_pre(tokens), rope
 
 
 def checkpoint_path(settings: EncoderSettings) -> Path | None:
@@ -122,9 +135,12 @@ def load_weights(encoder: Encoder, pretrained: bool, checkpoint: Path | None) ->
         _load_pretrained(encoder.vit, encoder.name)
 
 
-def _create(name: str, image_size: int) -> VisionTransformer:
+def _create(name: str, image_size: int) -> ViT:
     try:
-        vit = timm.create_model(name, pretrained=False, img_size=image_size, num_classes=0, global_pool="")
+        # dynamic: test-time scales and windows come in other sizes
+        vit = timm.create_model(
+            name, pretrained=False, img_size=image_size, dynamic_img_size=True, num_classes=0, global_pool=""
+        )
     except RuntimeError as error:
         if "Unknown model" not in str(error):
             raise
@@ -134,18 +150,19 @@ def _create(name: str, image_size: int) -> VisionTransformer:
         raise PipelineError(f"encoder.name: timm knows no {name!r}; the nearest is {near[0]}") from None
     except (AssertionError, TypeError) as error:
         raise PipelineError(f"encoder.name: timm cannot build {name!r} at {image_size}: {error}") from None
-    if not isinstance(vit, VisionTransformer):
+    if not isinstance(vit, VisionTransformer | Eva):
         raise PipelineError(
             f"encoder.name: {name!r} is a {type(vit).__name__}, no plain ViT; try vit_base_patch14_dinov2"
         )
     return vit
 
 
-def _load_pretrained(vit: VisionTransformer, name: str) -> None:
+def _load_pretrained(vit: ViT, name: str) -> None:
     try:
         source = timm.create_model(
-            name, pretrained=True, img_size=vit.patch_embed.img_size, num_classes=0, global_pool=""
-        )
+            name, pretrained=True, img_size=vit.patch_embed.img_size, dynamic_img_size=True,
+            num_classes=0, global_pool="",
+        )  # fmt: skip
     except (OSError, RuntimeError, ValueError) as error:
         raise PipelineError(
             f"encoder.pretrained: the weights of {name} cannot be had ({str(error).splitlines()[0]}). Either\n"
@@ -156,7 +173,7 @@ def _load_pretrained(vit: VisionTransformer, name: str) -> None:
     vit.load_state_dict(source.state_dict())
 
 
-def _load_checkpoint(vit: VisionTransformer, name: str, path: Path) -> None:
+def _load_checkpoint(vit: ViT, name: str, path: Path) -> None:
     if not path.is_file():
         raise PipelineError(f"encoder.checkpoint: {path} not found")
     try:
@@ -171,7 +188,7 @@ def _load_checkpoint(vit: VisionTransformer, name: str, path: Path) -> None:
             f"encoder.checkpoint: {path} is no plain weights file, and its pickle is not executed: {error}"
         ) from None
     try:
-        state = checkpoint_filter_fn(state, vit)
+        state = (eva if isinstance(vit, Eva) else vision_transformer).checkpoint_filter_fn(state, vit)
         state = {key: value for key, value in state.items() if not key.startswith(("head.", "fc_norm."))}
         vit.load_state_dict(state)
     except (RuntimeError, KeyError, AttributeError, TypeError) as error:

@@ -1,4 +1,7 @@
-"""Training losses over logits `[B, C, H, W]` and masks `[B, H, W]` of class ids, void (255) left out."""
+"""Training losses over logits `[B, C, H, W]` and masks `[B, H, W]` of class ids, void (255) left out.
+
+All are computed in float32, whatever the logits' precision, and give 0 with a zero gradient where everything is void.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,8 @@ from segmentation.voc import VOID
 def lovasz_softmax(logits: Tensor, mask: Tensor) -> Tensor:
     """Lovász-Softmax over the classes present in the batch (Berman et al. 2018, algorithm 1 and equation 12).
 
-    Equal to segmentation-models-pytorch's `LovaszLoss("multiclass", ignore_index=255)`, but a batch that is all void
-    gives 0 with a zero gradient, and half-precision logits are computed in float32.
+    Equal to segmentation-models-pytorch's `LovaszLoss("multiclass", ignore_index=255)`, but for a batch that is all
+    void, where that one has no gradient.
 
     Returns:
         A scalar, float32.
@@ -23,7 +26,7 @@ def lovasz_softmax(logits: Tensor, mask: Tensor) -> Tensor:
     probabilities = logits.float().softmax(1).movedim(1, 0)[:, valid]
     present = labels.unique().tolist()
     if not present:
-        return probabilities.sum() + logits.float().sum() * 0
+        return _nothing(logits)
     losses = []
     for label in present:
         foreground = labels == label
@@ -33,10 +36,44 @@ def lovasz_softmax(logits: Tensor, mask: Tensor) -> Tensor:
     return torch.stack(losses).mean()
 
 
-def cross_entropy(logits: Tensor, mask: Tensor) -> Tensor:
-    """Mean cross-entropy over labelled pixels, float32; all void gives 0 with a zero gradient, not torch's NaN."""
-    total = F.cross_entropy(logits.float(), mask.long(), ignore_index=VOID, reduction="sum")
-    return total / (mask != VOID).sum().clamp(min=1)
+def cross_entropy(logits: Tensor, mask: Tensor, class_weights: Tensor | None = None) -> Tensor:
+    """Cross-entropy, its mean over labelled pixels weighted by `class_weights` `[C]`; torch gives NaN for all void."""
+    if not (mask != VOID).any():
+        return _nothing(logits)
+    return F.cross_entropy(logits.float(), mask.long(), class_weights, ignore_index=VOID)
+
+
+def dice(logits: Tensor, mask: Tensor) -> Tensor:
+    """segmentation-models-pytorch's soft Dice loss over the batch: mean over C classes, absent ones counting as 0."""
+    from segmentation_models_pytorch.losses import DiceLoss
+
+    return DiceLoss("multiclass", ignore_index=VOID)(logits.float(), mask)
+
+
+def focal(logits: Tensor, mask: Tensor) -> Tensor:
+    """segmentation-models-pytorch's focal loss (γ = 2), one-against-all; that one gives NaN for all void."""
+    from segmentation_models_pytorch.losses import FocalLoss
+
+    if not (mask != VOID).any():
+        return _nothing(logits)
+    return FocalLoss("multiclass", ignore_index=VOID)(logits.float(), mask)
+
+
+def median_frequency_weights(pixels: Tensor) -> Tensor:
+    """Class weights `[C]` float32: the median class frequency over each class's own (Eigen and Fergus 2015).
+
+    Args:
+        pixels: labelled pixels of each class, `[C]`; a class without any has weight 0.
+    """
+    pixels = pixels.double()
+    present = pixels > 0
+    weights = torch.zeros_like(pixels)
+    weights[present] = pixels[present].median() / pixels[present]
+    return weights.float()
+
+
+def _nothing(logits: Tensor) -> Tensor:
+    return logits.float().sum() * 0
 
 
 def _jaccard_gradient(foreground: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from segmentation.decoder import Decoder
+from segmentation.decoder import LinearDecoder, UNetDecoder
 from segmentation.encoder import Encoder
 from segmentation.errors import PipelineError
 from segmentation.files import atomic_path, sha256_file, write_json
@@ -25,8 +25,11 @@ class ModelCard(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     encoder: str
-    trainable_blocks: int
+    trainable_blocks: int | Literal["all"]
+    decoder: str
     decoder_channels: list[int]
+    decoder_norm: str
+    skip_connections: list[int]
     image_size: int
     classes: list[str]
     encoder_weights: str
@@ -35,12 +38,12 @@ class ModelCard(BaseModel):
 
 
 class Segmenter(nn.Module):
-    """Photos `[B, 3, S, S]` uint8 RGB to logits `[B, C, S, S]`; normalisation is inside."""
+    """Photos `[B, 3, H, W]` uint8 RGB, sides multiples of the patch, to logits `[B, C, H, W]`; normalises inside."""
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, encoder: Encoder, decoder: Decoder) -> None:
+    def __init__(self, encoder: Encoder, decoder: nn.Module) -> None:
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
         mean, std = (torch.tensor(values).view(3, 1, 1) * 255 for values in encoder.mean_std)
@@ -48,20 +51,24 @@ class Segmenter(nn.Module):
         self.register_buffer("std", std, persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        size = self.encoder.grid * self.encoder.vit.patch_embed.patch_size[0]
-        if images.ndim != 4 or images.shape[1:] != (3, size, size):
+        patch = self.encoder.patch
+        if images.ndim != 4 or images.shape[1] != 3 or any(side % patch for side in images.shape[2:]):
             raise ValueError(
-                f"images have shape {tuple(images.shape)}; this model takes [B, 3, {size}, {size}] (uint8 RGB): "
-                "resize them with segmentation.images.resize_photo"
+                f"images have shape {tuple(images.shape)}; this model takes [B, 3, H, W] (uint8 RGB), H and W "
+                f"multiples of {patch}: resize them with segmentation.images.resize_photo"
             )
-        tokens = self.encoder((images - self.mean) / self.std)
-        return self.decoder(tokens, images.shape[-2:])
+        return self.decoder(self.encoder((images - self.mean) / self.std), images.shape[-2:])
 
 
 def build(card: ModelCard) -> Segmenter:
     """The model that a card describes, with random weights."""
-    encoder = Encoder(card.encoder, card.image_size, card.trainable_blocks)
-    return Segmenter(encoder, Decoder(encoder.dim, card.decoder_channels, len(card.classes)))
+    encoder = Encoder(card.encoder, card.image_size, card.trainable_blocks, card.skip_connections)
+    if card.decoder == "linear":
+        return Segmenter(encoder, LinearDecoder(encoder.dim, len(card.classes)))
+    decoder = UNetDecoder(
+        encoder.dim, len(card.classes), card.decoder_channels, card.decoder_norm, len(card.skip_connections)
+    )
+    return Segmenter(encoder, decoder)
 
 
 def save(model: Segmenter, card: ModelCard, folder: Path) -> None:

@@ -132,6 +132,25 @@ class Settings(Section):
             )
         return self
 
+    def without_effect(self) -> list[str]:
+        """What is set, but changes nothing: one line each, with the reason."""
+        encoder, decoder, train = self.encoder, self.decoder, self.train
+        cases = [
+            (train.encoder_lr_scale != 1 and encoder.trainable_blocks == 0,
+             "train.encoder_lr_scale: encoder.trainable_blocks is 0, so nothing of the encoder is trained"),
+            (train.layer_decay != 1 and encoder.trainable_blocks in (0, 1),
+             f"train.layer_decay: {encoder.trainable_blocks} encoder blocks are trained; it needs at least 2"),
+            (encoder.pretrained and encoder.checkpoint is not None,
+             "encoder.pretrained: encoder.checkpoint takes precedence"),
+            (decoder.type == "linear" and (decoder.norm != "batch" or bool(decoder.skip_connections)),
+             "decoder.norm, decoder.skip_connections: decoder.type is linear, which has neither"),
+            (train.class_weights != "none" and train.cross_entropy == 0,
+             "train.class_weights: train.cross_entropy, which they weigh, is 0"),
+            (train.warmup_epochs > 0 and train.schedule == "onecycle",
+             "train.warmup_epochs: the onecycle schedule has its own warm-up"),
+        ]  # fmt: skip
+        return [f"{text}; it has no effect" for holds, text in cases if holds]
+
 
 def load_settings(path: Path = PARAMS_FILE, overrides: Mapping[str, Any] | None = None) -> Settings:
     """Read and check all settings.

@@ -10,34 +10,40 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pandas as pd
 import torch
 from filelock import FileLock, Timeout
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
 from torch import Tensor
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader
 
 from segmentation import model as model_files
-from segmentation.data import PairDataset, split_ids
+from segmentation.data import EpochSampler, PairDataset, augmentation, class_pixels, split_ids
 from segmentation.encoder import checkpoint_path, load_weights
 from segmentation.errors import PipelineError
-from segmentation.files import atomic_path, sha256_file, sha256_json
-from segmentation.losses import cross_entropy, lovasz_softmax
+from segmentation.files import atomic_path, sha256_file, sha256_json, write_json
+from segmentation.images import mask_image
+from segmentation.losses import cross_entropy, dice, focal, lovasz_softmax, median_frequency_weights
 from segmentation.metrics import confusion_matrices, miou, pixel_accuracy, report_miou
 from segmentation.model import ModelCard, Segmenter
+from segmentation.optimisation import AveragedWeights, optimiser, schedule
 from segmentation.settings import EncoderSettings, Settings, TrainSettings
 from segmentation.tracking import LiveCurves
 
 KEPT_CHECKPOINT_FOLDERS = 5
 # The modules that decide the weights: a checkpoint of other code is not gone on from. dvc.yaml names the same.
-CODE = ("data", "decoder", "encoder", "losses", "metrics", "model", "training", "voc")
+CODE = (
+    "data", "decoder", "encoder", "images", "losses", "metrics", "model", "optimisation", "training", "voc",
+)  # fmt: skip
+PANEL_PHOTOS = 4
 
 Batch = tuple[Tensor, Tensor, tuple[str, ...]]
 
@@ -45,6 +51,7 @@ Batch = tuple[Tensor, Tensor, tuple[str, ...]]
 def train(settings: Settings, processed: Path, classes: list[str], models: Path, reports: Path, scratch: Path) -> None:
     """Train on split `train`, validate on `val` every epoch, write the kept weights and the history.
 
+    Chosen epochs' masks of the first val photos are kept as well, as `panels/epoch_01/<id>.png`, to be looked at.
     A checkpoint an epoch lies in `scratch/checkpoints/<key>`, keyed by everything that the result depends on; the next
     run with the same key goes on from there.
 
@@ -53,45 +60,75 @@ def train(settings: Settings, processed: Path, classes: list[str], models: Path,
         processed: `data/processed`.
         classes: class names by id.
         models: gets `segmenter.safetensors` and `segmenter.json`.
-        reports: gets `history.csv`: one row an epoch.
+        reports: gets `history.csv`, one row an epoch, and `panels/`.
         scratch: untracked folder.
 
     Raises:
-        PipelineError: weights that cannot be had, a loss that is not finite, or the same training already running.
+        PipelineError: weights that cannot be had, a loss that is not finite, too little memory, or the same training
+            already running.
     """
     L.seed_everything(settings.train.seed, workers=True, verbose=False)
-    checkpoint = checkpoint_path(settings.encoder)
-    card = ModelCard(
-        encoder=settings.encoder.name,
-        trainable_blocks=settings.encoder.trainable_blocks,
-        decoder_channels=settings.decoder.channels,
-        image_size=settings.preprocess.image_size,
-        classes=classes,
-        encoder_weights=_origin(settings.encoder, checkpoint),
-        epoch=0,
-    )
+    card = model_card(settings, classes)
     model = model_files.build(card)
-    load_weights(model.encoder, settings.encoder.pretrained, checkpoint)
+    load_weights(model.encoder, settings.encoder.pretrained, checkpoint_path(settings.encoder))
+    for note in settings.without_effect():
+        print(f"warning: {note}", flush=True)
     with _checkpoint_folder(scratch / "checkpoints" / _key(settings, card, processed)) as folder:
-        task = TrainingTask(model, settings.train)
+        task = TrainingTask(model, settings.train, _class_weights(settings.train, processed), folder)
         _fit(task, settings, processed, folder)
-    epoch = settings.train.epochs
-    if settings.train.keep == "best":
-        epoch = task.best["epoch"]
-        model.load_state_dict(task.best["state"], strict=False)
+        if (folder / "panels").exists():
+            shutil.copytree(folder / "panels", reports / "panels", dirs_exist_ok=True)
+    best = settings.train.keep == "best"
+    epoch = task.best["epoch"] if best else settings.train.epochs
+    model.load_state_dict(task.best["state"] if best else task.validated_state(), strict=False)
     model_files.save(model, card.model_copy(update={"epoch": epoch}), models)
     with atomic_path(reports / "history.csv") as temporary:
         pd.DataFrame(task.history).to_csv(temporary, index=False, float_format="%.6f")
 
 
+def model_card(settings: Settings, classes: list[str]) -> ModelCard:
+    """The card of the model that the settings describe, before its training."""
+    encoder, decoder = settings.encoder, settings.decoder
+    return ModelCard(
+        encoder=encoder.name,
+        trainable_blocks=encoder.trainable_blocks,
+        decoder=decoder.type,
+        decoder_channels=decoder.channels,
+        decoder_norm=decoder.norm,
+        skip_connections=decoder.skip_connections,
+        image_size=settings.preprocess.image_size,
+        classes=classes,
+        encoder_weights=_origin(encoder, checkpoint_path(encoder)),
+        epoch=0,
+    )
+
+
 class TrainingTask(L.LightningModule):
-    """The report's recipe: AdamW on a weighted sum of losses; frozen weights are left out of checkpoints."""
+    """AdamW on a weighted sum of losses; frozen weights are left out of checkpoints.
+
+    Args:
+        model: what is trained.
+        settings: section `train`.
+        class_weights: of cross-entropy, `[C]`, or None.
+        folder: where the ids of a batch without a finite loss are left.
+    """
 
     strict_loading = False
+    class_weights: Tensor | None
 
-    def __init__(self, model: Segmenter, settings: TrainSettings) -> None:
+    def __init__(self, model: Segmenter, settings: TrainSettings, class_weights: Tensor | None, folder: Path) -> None:
         super().__init__()
-        self.model, self.settings = model, settings
+        self.model, self.settings, self.folder = model, settings, folder
+        self.register_buffer("class_weights", class_weights, persistent=False)
+        terms: tuple[tuple[float, Callable[[Tensor, Tensor], Tensor]], ...] = (
+            (settings.lovasz_softmax, lovasz_softmax),
+            (settings.cross_entropy, lambda logits, mask: cross_entropy(logits, mask, self.class_weights)),
+            (settings.dice, dice),
+            (settings.focal, focal),
+        )
+        self.losses = [(weight, function) for weight, function in terms if weight]
+        self.averaged = AveragedWeights(self._trained_state(), settings.ema_decay) if settings.ema_decay else None
+        self._averaged_step = 0
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Any] = {"miou": -1.0, "epoch": 0, "state": {}}
         self._losses: list[Tensor] = []
@@ -100,17 +137,39 @@ class TrainingTask(L.LightningModule):
     def training_step(self, batch: Batch, _: int) -> Tensor:
         images, masks, ids = batch
         logits = self.model(images)
-        weighted = ((lovasz_softmax, self.settings.lovasz_softmax), (cross_entropy, self.settings.cross_entropy))
-        loss = torch.stack([weight * function(logits, masks) for function, weight in weighted if weight]).sum()
+        loss = torch.stack([weight * function(logits, masks) for weight, function in self.losses]).sum()
         if not torch.isfinite(loss):
-            raise PipelineError(f"train: the loss is {loss.item()} for {', '.join(ids)}; lower train.lr")
+            record = self.folder / "not_finite.json"
+            write_json(record, {"loss": str(loss.item()), "epoch": self.current_epoch + 1, "ids": list(ids)})
+            raise PipelineError(
+                f"train: the loss is {loss.item()} for {', '.join(ids)} (kept in {record}); "
+                "lower train.lr, or set train.gradient_clip: 1.0"
+            )
         self._losses.append(loss.detach())
         return loss
 
-    def validation_step(self, batch: Batch, _: int) -> None:
+    def on_train_epoch_start(self) -> None:
+        torch.manual_seed(self.settings.seed + self.current_epoch)  # the same in a resumed epoch
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        if self.averaged is not None and self.global_step > self._averaged_step:
+            self._averaged_step = self.global_step
+            self.averaged.update(self._trained_state())
+
+    def on_validation_epoch_start(self) -> None:
+        if self.averaged is not None:
+            self.averaged.swap(self._trained_state())
+
+    def on_validation_epoch_end(self) -> None:
+        if self.averaged is not None:
+            self.averaged.swap(self._trained_state())
+
+    def validation_step(self, batch: Batch, _: int) -> Tensor:
         images, masks, _ids = batch
         logits = self.model(images)
-        self._confusions.append(confusion_matrices(logits.argmax(1), masks, logits.shape[1]))
+        prediction = logits.argmax(1)
+        self._confusions.append(confusion_matrices(prediction, masks, logits.shape[1]))
+        return prediction
 
     def on_train_epoch_end(self) -> None:
         """Lightning has validated by now: close the epoch's row, before `ModelCheckpoint` saves it."""
@@ -121,24 +180,38 @@ class TrainingTask(L.LightningModule):
             "val_accuracy": pixel_accuracy(confusions.sum(0)),
             "val_report_miou": report_miou(confusions),
             "val_miou": miou(confusions.sum(0)),
+            "lr": self.trainer.optimizers[0].param_groups[0]["lr"],
         }
         self._losses.clear()
         self._confusions.clear()
         self.history.append(row)
         if row["val_miou"] > self.best["miou"]:
-            state = {key: value.detach().cpu().clone() for key, value in self._trained_state().items()}
+            state = {key: value.detach().cpu().clone() for key, value in self.validated_state().items()}
             self.best = {"miou": row["val_miou"], "epoch": row["epoch"], "state": state}
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW((p for p in self.parameters() if p.requires_grad), lr=self.settings.lr)
+    def configure_optimizers(self) -> Any:
+        chosen = self.settings
+        adamw = optimiser(self.model, chosen.lr, chosen.weight_decay, chosen.encoder_lr_scale, chosen.layer_decay)
+        steps = int(self.trainer.estimated_stepping_batches)
+        scheduler = schedule(adamw, chosen.schedule, steps, round(steps / chosen.epochs * chosen.warmup_epochs))
+        return {"optimizer": adamw, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         trained = {f"model.{key}" for key in self._trained_state()}
         checkpoint["state_dict"] = {key: value for key, value in checkpoint["state_dict"].items() if key in trained}
         checkpoint["history"], checkpoint["best"] = self.history, self.best
+        if self.averaged is not None:
+            checkpoint["averaged"] = self.averaged.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.history, self.best = checkpoint["history"], checkpoint["best"]
+        if self.averaged is not None:
+            self.averaged.load_state_dict(checkpoint["averaged"])
+            self._averaged_step = checkpoint["global_step"]
+
+    def validated_state(self) -> dict[str, Tensor]:
+        """The weights that validation sees: the averaged ones, where there are any."""
+        return self._trained_state() if self.averaged is None else self.averaged.average
 
     def _trained_state(self) -> dict[str, Tensor]:
         frozen = {name for name, parameter in self.model.named_parameters() if not parameter.requires_grad}
@@ -148,15 +221,18 @@ class TrainingTask(L.LightningModule):
 def _fit(task: TrainingTask, settings: Settings, processed: Path, folder: Path) -> None:
     """Fit from the folder's last checkpoint, or from the start."""
     manifest = processed / "manifest.parquet"
-    train_set = PairDataset(processed, split_ids(manifest, "train"))
+    chosen, scale = settings.train, settings.train.scale
+    changes = augmentation(
+        settings.preprocess.image_size, chosen.horizontal_flip, (scale[0], scale[1]) if scale else None,
+        chosen.colour_jitter,
+    )  # fmt: skip
+    train_set = PairDataset(processed, split_ids(manifest, "train"), changes)
     val_set = PairDataset(processed, split_ids(manifest, "val"))
     options: dict[str, Any] = {
         "batch_size": settings.train.batch_size,
         "num_workers": settings.train.workers,
         "persistent_workers": settings.train.workers > 0,
     }
-    # Lightning tells this sampler the epoch, so the order of epoch n is the same after a resume.
-    sampler: Any = DistributedSampler(train_set, num_replicas=1, rank=0, seed=settings.train.seed)
     cuda = torch.cuda.is_available()
     last = folder / "last.ckpt"
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # no tips, no list of absent accelerators
@@ -169,7 +245,9 @@ def _fit(task: TrainingTask, settings: Settings, processed: Path, folder: Path) 
             accelerator="auto",
             devices=1,
             precision="bf16-mixed" if cuda and torch.cuda.is_bf16_supported() else "32-true",
-            max_epochs=settings.train.epochs,
+            max_epochs=chosen.epochs,
+            accumulate_grad_batches=chosen.accumulate,
+            gradient_clip_val=chosen.gradient_clip,
             deterministic="warn" if cuda else True,
             logger=False,
             num_sanity_val_steps=0,
@@ -179,21 +257,64 @@ def _fit(task: TrainingTask, settings: Settings, processed: Path, folder: Path) 
             callbacks=[
                 *progress,
                 ModelCheckpoint(folder, "last", enable_version_counter=False, save_on_train_epoch_end=True),
+                EpochPanels(folder / "panels", chosen.panel_epochs),
                 EpochLines(),
                 LiveCurves(),
             ],
         )
         device = trainer.strategy.root_device
         print(f"train: {len(train_set)} train and {len(val_set)} val pairs on {device}", flush=True)
-        if _is_whole(last):
+        sampler = EpochSampler(train_set, chosen.seed)
+        if finished := _finished_epochs(last):
             print(f"train: going on from the last finished epoch in {folder}", flush=True)
-        trainer.fit(
-            task,
-            DataLoader(train_set, sampler=sampler, **options),
-            DataLoader(val_set, **options),
-            ckpt_path=last if last.exists() else None,
-            weights_only=True,
-        )
+            sampler.set_epoch(finished)  # loader processes ask it before Lightning has told it
+        with _memory_remedy():
+            trainer.fit(
+                task,
+                DataLoader(train_set, sampler=sampler, **options),
+                DataLoader(val_set, **options),
+                ckpt_path=last if finished else None,
+                weights_only=True,
+            )
+
+
+@contextmanager
+def _memory_remedy() -> Iterator[None]:
+    """Turn a lack of memory, on a GPU or not, into what to lower."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        text = str(error)
+        if isinstance(error, RuntimeError) and "out of memory" not in text and "can't allocate memory" not in text:
+            raise
+        raise PipelineError(
+            f"train: out of memory ({text.splitlines()[0] if text else type(error).__name__}); lower train.batch_size "
+            "(and raise train.accumulate by as much), encoder.trainable_blocks, decoder.channels or "
+            "preprocess.image_size"
+        ) from None
+
+
+class EpochPanels(Callback):
+    """Keeps the masks of the first val photos after chosen epochs, `[S, S]` palette PNGs `epoch_01/<id>.png`."""
+
+    def __init__(self, folder: Path, epochs: Sequence[int]) -> None:
+        self.folder, self.epochs = folder, set(epochs)
+        self.kept = 0
+
+    def on_validation_epoch_start(self, trainer: L.Trainer, _: L.LightningModule) -> None:
+        self.kept = 0
+
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, task: L.LightningModule, outputs: Any, batch: Batch, *_: Any
+    ) -> None:
+        epoch = trainer.current_epoch + 1
+        if epoch not in self.epochs:
+            return
+        for prediction, identifier in zip(outputs, batch[2], strict=True):
+            if self.kept < PANEL_PHOTOS:
+                self.kept += 1
+                with atomic_path(self.folder / f"epoch_{epoch:02d}" / f"{identifier}.png") as temporary:
+                    mask_image(prediction.cpu().numpy().astype(np.uint8)).save(temporary)
 
 
 class EpochLines(Callback):
@@ -251,17 +372,16 @@ def _checkpoint_folder(folder: Path) -> Iterator[Path]:
         lock.release()
 
 
-def _is_whole(checkpoint: Path) -> bool:
-    """Whether there is a checkpoint to go on from; a damaged one is put aside, and said."""
+def _finished_epochs(checkpoint: Path) -> int:
+    """How many epochs the checkpoint holds, 0 without one; a damaged one is put aside, and said."""
     if not checkpoint.exists():
-        return False
+        return 0
     try:
-        torch.load(checkpoint, map_location="cpu", weights_only=True)
+        return len(torch.load(checkpoint, map_location="cpu", weights_only=True)["history"])
     except Exception as error:  # torch raises whatever zipfile, pickle or the disk do
         aside = checkpoint.replace(checkpoint.with_suffix(".damaged"))
         print(f"warning: {checkpoint} is damaged ({error}); kept as {aside.name}, training starts over", flush=True)
-        return False
-    return True
+        return 0
 
 
 def _forget_old(current: Path) -> None:
@@ -287,6 +407,12 @@ def _key(settings: Settings, card: ModelCard, processed: Path) -> str:
             "machine": [platform.machine(), torch.cuda.is_available()],
         }
     )[:16]
+
+
+def _class_weights(settings: TrainSettings, processed: Path) -> Tensor | None:
+    if settings.class_weights == "none":
+        return None
+    return median_frequency_weights(class_pixels(processed / "manifest.parquet", "train"))
 
 
 def _origin(settings: EncoderSettings, checkpoint: Path | None) -> str:

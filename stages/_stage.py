@@ -16,13 +16,23 @@ from segmentation.errors import PipelineError
 from segmentation.settings import Settings, load_settings
 
 
-def run_stage(stage: Callable[[Settings], None], description: str | None) -> None:
-    """Parse the command line, read and check all settings, then run the stage; a `PipelineError` exits with 1."""
+def run_stage(stage: Callable[[Settings], None], description: str | None, *instead: Callable[[Settings], None]) -> None:
+    """Parse the command line, read and check all settings, then run the stage; a `PipelineError` exits with 1.
+
+    Args:
+        stage: what DVC runs.
+        description: for `--help`.
+        instead: what an option of the function's name runs instead; its docstring is the option's help.
+    """
     parser = argparse.ArgumentParser(description=description)
-    parser.parse_args()
+    for function in instead:
+        parser.add_argument(
+            f"--{function.__name__}", action="store_const", const=function, dest="run", help=function.__doc__
+        )
+    run = parser.parse_args().run if instead else None
     _end_with_starter()
     try:
-        stage(load_settings())
+        (run or stage)(load_settings())
     except PipelineError as error:
         sys.exit(f"error: {error}")
 

@@ -12,5 +12,13 @@ def main(settings: Settings) -> None:
     train(settings, PROCESSED, VocFolder(RAW).classes(), MODEL, TRAINING, scratch())
 
 
+def summary(settings: Settings) -> None:
+    """print the layers of the model that params.yaml describes, their sizes and parameters, and train nothing"""
+    from segmentation.summary import summarise
+    from segmentation.training import model_card
+
+    print(summarise(model_card(settings, VocFolder(RAW).classes())))
+
+
 if __name__ == "__main__":
-    run_stage(main, __doc__)
+    run_stage(main, __doc__, summary)

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+# two test processes on two cores: with two threads each they would mostly wait for each other
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import flows  # noqa: F401  switches telemetry off before MLflow, Prefect and DVC are imported
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -2,7 +2,7 @@ import pytest
 import torch
 from segmentation_models_pytorch.losses import LovaszLoss
 
-from segmentation.losses import cross_entropy, lovasz_softmax
+from segmentation.losses import cross_entropy, dice, focal, lovasz_softmax, median_frequency_weights
 
 reference = LovaszLoss("multiclass", ignore_index=255)
 
@@ -92,3 +92,63 @@ def test_cross_entropy_equals_torchs_with_void_and_is_zero_where_all_is_void():
     value, gradient = value_and_gradient(cross_entropy, logits, torch.full_like(mask, 255))
     assert value == 0
     assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+def dice_by_hand(logits, mask):
+    valid = (mask != 255).float()
+    scores = []
+    for label in range(logits.shape[1]):
+        truth = (mask == label).float()
+        probability = logits.softmax(1)[:, label] * valid
+        if truth.sum() == 0:
+            scores.append(torch.tensor(0.0))
+        else:
+            scores.append(1 - 2 * (truth * probability).sum() / (truth.sum() + probability.sum()))
+    return torch.stack(scores).mean()
+
+
+def focal_by_hand(logits, mask):
+    values = []
+    for label in range(logits.shape[1]):
+        score = logits[:, label][mask != 255].sigmoid()
+        truth = (mask == label)[mask != 255]
+        right = torch.where(truth, score, 1 - score)
+        values.append(-((1 - right) ** 2 * right.log()).mean())
+    return torch.stack(values).mean()
+
+
+@pytest.mark.parametrize(("loss", "by_hand"), [(dice, dice_by_hand), (focal, focal_by_hand)])
+@pytest.mark.parametrize("only", [None, 5])
+def test_dice_and_focal_are_what_they_are_by_hand_with_void(loss, by_hand, only):
+    logits, mask = random_case(6)
+    if only is not None:
+        mask[mask != 255] = only
+    ours, reference_ = value_and_gradient(loss, logits, mask), value_and_gradient(by_hand, logits, mask)
+    torch.testing.assert_close(ours[0], reference_[0], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(ours[1], reference_[1], rtol=1e-3, atol=1e-7)
+    assert ours[1].movedim(1, 0)[:, mask == 255].abs().max() == 0
+
+
+@pytest.mark.parametrize("loss", [lovasz_softmax, cross_entropy, dice, focal])
+def test_every_loss_with_all_void_and_in_bf16(loss):
+    logits, mask = random_case(8)
+    value, gradient = value_and_gradient(loss, logits, torch.full_like(mask, 255))
+    assert value == 0
+    assert torch.equal(gradient, torch.zeros_like(gradient))
+    half = logits.bfloat16()
+    assert loss(half, mask).dtype == torch.float32
+    torch.testing.assert_close(loss(half, mask), loss(half.float(), mask))
+    assert loss(logits, mask.to(torch.uint8)) == loss(logits, mask)
+
+
+def test_class_weights_equal_torchs_weighted_mean():
+    logits, mask = random_case(9)
+    weights = torch.rand(21) + 0.1
+    reference_ = torch.nn.functional.cross_entropy(logits, mask, weights, ignore_index=255)
+    torch.testing.assert_close(cross_entropy(logits, mask, weights), reference_)
+    assert cross_entropy(logits, mask, weights) != cross_entropy(logits, mask)
+
+
+def test_median_frequency_weights_by_hand():
+    weights = median_frequency_weights(torch.tensor([800, 100, 0, 50]))
+    assert weights.tolist() == [0.125, 1.0, 0.0, 2.0]

@@ -4,20 +4,26 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from timm.layers import LayerNorm2d
 from torch.nn import functional as F
 
 from segmentation import model as model_files
-from segmentation.decoder import Decoder, upsample
+from segmentation.decoder import LinearDecoder, UNetDecoder, upsample
 from segmentation.encoder import Encoder, load_weights
 from segmentation.errors import PipelineError
 from segmentation.model import ModelCard, build
+from segmentation.settings import load_settings
+from segmentation.summary import summarise
+from segmentation.training import model_card
+from segmentation.voc import CLASSES
 
 SMALL = "vit_small_patch14_dinov2"
 
 
 def card(**changes) -> ModelCard:
     values = {
-        "encoder": SMALL, "trainable_blocks": 1, "decoder_channels": [32, 16, 8, 8], "image_size": 56,
+        "encoder": SMALL, "trainable_blocks": 1, "decoder": "unet", "decoder_channels": [32, 16, 8, 8],
+        "decoder_norm": "batch", "skip_connections": [], "image_size": 56,
         "classes": ["background", "cat", "dog"], "encoder_weights": "random", "epoch": 1,
     }  # fmt: skip
     return ModelCard(**(values | changes))
@@ -26,26 +32,49 @@ def card(**changes) -> ModelCard:
 def test_the_reports_shapes_at_518():
     with torch.device("meta"):
         encoder = Encoder("vit_base_patch14_dinov2", 518, 1)
-        decoder = Decoder(encoder.dim, (512, 256, 128, 64), 21)
+        decoder = UNetDecoder(encoder.dim, 21, (512, 256, 128, 64))
         shapes = []
         for block in decoder.blocks:
             block.conv.register_forward_hook(lambda _m, i, o: shapes.append((i[0].shape[1], *o.shape[1:])))
-        tokens = encoder(torch.empty(2, 3, 518, 518))
-        logits = decoder(tokens, (518, 518))
+        (tokens,) = encoder(torch.empty(2, 3, 518, 518))
+        logits = decoder([tokens], (518, 518))
     assert tokens.shape == (2, 768, 37, 37)
     assert shapes == [(768, 512, 37, 37), (512, 256, 74, 74), (256, 128, 148, 148), (128, 64, 296, 296)]
     assert logits.shape == (2, 21, 518, 518)
 
 
-def test_the_encoder_equals_timms_own_forward():
+@pytest.mark.parametrize(
+    ("name", "patch"),
+    [
+        (SMALL, 14),
+        ("vit_small_patch14_reg4_dinov2", 14),
+        ("vit_small_patch16_dinov3", 16),  # rotary embeddings
+        ("vit_tiny_patch16_224", 16),
+        ("vit_small_patch16_rope_mixed_224", 16),  # other ones in each block
+    ],
+)
+def test_the_encoder_equals_timms_own_forward(name, patch):
     torch.manual_seed(0)
-    encoder = Encoder(SMALL, 56, 1).eval()
-    images = torch.randn(2, 3, 56, 56)
+    encoder = Encoder(name, 4 * patch, 1, [5, 2]).eval()
+    images = torch.randn(2, 3, 4 * patch, 4 * patch)
     with torch.no_grad():
-        reference = encoder.vit.forward_features(images)[:, 1:]
-        ours = encoder(images)
-    assert ours.shape == (2, 384, 4, 4)
-    torch.testing.assert_close(ours.flatten(2).transpose(1, 2), reference)
+        reference = encoder.vit.forward_features(images)[:, encoder.vit.num_prefix_tokens :]
+        early = encoder.vit.forward_intermediates(images, indices=[2, 5], norm=True, intermediates_only=True)
+        last, fifth, second = encoder(images)
+        assert encoder(torch.randn(1, 3, 2 * patch, 6 * patch))[0].shape[2:] == (2, 6)
+    assert last.shape == (2, encoder.dim, 4, 4)
+    torch.testing.assert_close(last.flatten(2).transpose(1, 2), reference)
+    torch.testing.assert_close([second, fifth], early)
+
+
+@pytest.mark.parametrize(
+    "name", ["vit_giant_patch14_dinov2", "vit_base_patch14_reg4_dinov2", "vit_base_patch16_dinov3"]
+)
+def test_larger_encoders_are_built(name):
+    with torch.device("meta"):
+        encoder = Encoder(name, 224, 1)
+        (tokens,) = encoder(torch.empty(1, 3, 224, 224))
+    assert tokens.shape == (1, encoder.dim, 224 // encoder.patch, 224 // encoder.patch)
 
 
 def test_only_the_last_block_and_the_decoder_are_trained():
@@ -72,16 +101,53 @@ def test_trainable_blocks_sets_how_many_are_trained():
     assert trained == {"9", "10", "11"}
     with pytest.raises(PipelineError, match="has 12 blocks"):
         Encoder(SMALL, 56, 13)
+    everything = Encoder(SMALL, 56, "all").train()
+    assert all(p.requires_grad for p in everything.parameters())
+    assert everything.vit.training
+    everything(torch.randn(1, 3, 56, 56))[0].sum().backward()
+    assert everything.vit.patch_embed.proj.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("norm", ["batch", "group", "layer"])
+def test_the_decoders_norm(norm):
+    kinds = {"batch": torch.nn.BatchNorm2d, "group": torch.nn.GroupNorm, "layer": LayerNorm2d}
+    model = build(card(decoder_norm=norm)).train()
+    assert {type(block.norm) for block in model.decoder.blocks} == {kinds[norm]}
+    images = torch.randint(0, 256, (2, 3, 56, 56), dtype=torch.uint8)
+    alone = torch.cat([model(image[None]) for image in images])
+    assert torch.allclose(model(images), alone, atol=1e-5) == (norm != "batch")
+
+
+def test_skip_connections_bring_the_tokens_of_earlier_blocks():
+    model = build(card(skip_connections=[8, 5, 2])).eval()
+    assert [block.skip is not None for block in model.decoder.blocks] == [False, True, True, True]
+    grids = [grid.requires_grad_() for grid in torch.randn(4, 1, 384, 4, 4)]
+    logits = model.decoder(grids, (56, 56))
+    assert logits.shape == (1, 3, 56, 56)
+    assert all(gradient.abs().sum() > 0 for gradient in torch.autograd.grad(logits.sum(), grids))
+    with pytest.raises(PipelineError, match=r"decoder.skip_connections: \[12\], but the blocks .* are 0 to 11"):
+        build(card(skip_connections=[12]))
+
+
+def test_the_linear_decoder_is_one_layer_on_the_tokens():
+    model = build(card(decoder="linear")).eval()
+    assert isinstance(model.decoder, LinearDecoder)
+    assert [tuple(p.shape) for p in model.decoder.parameters()] == [(3, 384, 1, 1), (3,)]
+    tokens, head = torch.randn(1, 384, 4, 4), model.decoder.head
+    reference = torch.einsum("bdhw,cd->bchw", tokens, head.weight[:, :, 0, 0]) + head.bias.view(3, 1, 1)
+    reference = F.interpolate(reference, size=(56, 56), mode="bilinear")
+    torch.testing.assert_close(model.decoder([tokens], (56, 56)), reference, rtol=1e-4, atol=1e-5)
+    assert model(torch.zeros(2, 3, 56, 56, dtype=torch.uint8)).shape == (2, 3, 56, 56)
 
 
 def test_the_head_before_the_last_upsampling_gives_the_same_logits():
     torch.manual_seed(0)
-    decoder = Decoder(16, (8, 8, 8, 6), 5).eval()
+    decoder = UNetDecoder(16, 5, (8, 8, 8, 6)).eval()
     tokens = torch.randn(2, 16, 4, 4)
     features = tokens
     for size, block in zip((8, 16, 32, 56), decoder.blocks, strict=True):
         features = upsample(F.relu(block.norm(block.conv(features))), (size, size))
-    torch.testing.assert_close(decoder(tokens, (56, 56)), decoder.head(features), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(decoder([tokens], (56, 56)), decoder.head(features), rtol=1e-5, atol=1e-6)
 
 
 def test_normalisation_is_inside():
@@ -94,7 +160,7 @@ def test_normalisation_is_inside():
 
 
 def test_a_wrong_shape_is_answered_with_the_mend():
-    with pytest.raises(ValueError, match=r"\(1, 3, 60, 56\).*\[B, 3, 56, 56\].*resize"):
+    with pytest.raises(ValueError, match=r"\(1, 3, 60, 56\).*multiples of 14: resize"):
         build(card())(torch.zeros(1, 3, 60, 56))
 
 
@@ -137,7 +203,7 @@ def test_a_local_checkpoint_is_loaded(tmp_path, kind):
     images = torch.randn(1, 3, 518, 518)
     with torch.no_grad():
         reference = source.eval().forward_features(images)[:, 1:]
-        torch.testing.assert_close(encoder.eval()(images).flatten(2).transpose(1, 2), reference)
+        torch.testing.assert_close(encoder.eval()(images)[0].flatten(2).transpose(1, 2), reference)
 
 
 def test_a_checkpoint_of_another_size_has_its_position_embedding_resampled(tmp_path):
@@ -182,3 +248,20 @@ def test_an_unknown_encoder_names_the_nearest():
         Encoder("vit_base_patch14_dino2", 56, 1)
     with pytest.raises(PipelineError, match=r"encoder\.name.*resnet18"):
         Encoder("resnet18", 56, 1)
+
+
+def test_the_summary_is_the_reports_table(root):
+    settings = load_settings(root / "params.yaml", {"encoder.pretrained": False})
+    table = summarise(model_card(settings, list(CLASSES))).splitlines()
+    rows = {line.split()[0]: line.split()[1:] for line in table if line.startswith(("encoder.", "decoder."))}
+    decoder = {name: row[0] for name, row in rows.items() if name.startswith("decoder")}
+    assert decoder == {
+        "decoder.blocks.0.conv": "512×37×37", "decoder.blocks.0": "512×74×74",
+        "decoder.blocks.1.conv": "256×74×74", "decoder.blocks.1": "256×148×148",
+        "decoder.blocks.2.conv": "128×148×148", "decoder.blocks.2": "128×296×296",
+        "decoder.blocks.3.conv": "64×296×296", "decoder.blocks.3": "64×296×296",
+        "decoder.head": "21×296×296",
+    }  # fmt: skip
+    trained = {name for name, row in rows.items() if row[2] != "0" and not name.endswith(".conv")}
+    assert trained == {"encoder.blocks.11", "decoder.head", *(f"decoder.blocks.{i}" for i in range(4))}
+    assert "296 → 518" in table[-1]

@@ -79,3 +79,19 @@ def test_settings_are_frozen(params):
     settings = load_settings(params)
     with pytest.raises(ValueError, match="frozen"):
         settings.train.epochs = 3
+
+
+def test_what_is_set_without_effect_is_said(params):
+    cases = {
+        "train.encoder_lr_scale": {"train.encoder_lr_scale": 0.1, "encoder.trainable_blocks": 0},
+        "train.layer_decay": {"train.layer_decay": 0.9},
+        "encoder.pretrained": {"encoder.checkpoint": "x.pth"},
+        "decoder.norm": {"decoder.type": "linear", "decoder.norm": "group"},
+        "train.class_weights": {"train.class_weights": "median_frequency"},
+        "train.warmup_epochs": {"train.warmup_epochs": 1, "train.schedule": "onecycle"},
+    }
+    assert load_settings(params).without_effect() == []
+    for key, override in cases.items():
+        (said,) = load_settings(params, override).without_effect()
+        assert said.startswith(key)
+        assert said.endswith("it has no effect")
