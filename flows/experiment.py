@@ -23,7 +23,7 @@ from ruamel.yaml import YAML
 
 from segmentation.errors import PipelineError
 from segmentation.files import sha256_file, sha256_json
-from segmentation.paths import DATA_CHECKS, EVALUATION, MODEL, TRAINING, project_root
+from segmentation.paths import DATA_CHECKS, EVALUATION, MODEL, REPORT, TRAINING, project_root
 
 GRACE_SECONDS = 10
 
@@ -153,7 +153,7 @@ def copy_out(revision: Revision) -> Path:
 
 
 def _fetch_outputs(files: Any, revision: Revision, folder: Path) -> None:
-    for path in ("params.yaml", "dvc.lock", DATA_CHECKS, MODEL, TRAINING, EVALUATION):
+    for path in ("params.yaml", "dvc.lock", DATA_CHECKS, MODEL, TRAINING, EVALUATION, REPORT):
         target = folder / path
         target.parent.mkdir(parents=True, exist_ok=True)
         try:

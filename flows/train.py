@@ -20,7 +20,7 @@ from flows.experiment import Revision
 from flows.local import without_server
 from flows.register import register_model
 from segmentation.errors import PipelineError
-from segmentation.paths import DATA_CHECKS, EVALUATION, TRAINING, project_root
+from segmentation.paths import DATA_CHECKS, EVALUATION, REPORT, TRAINING, project_root
 from segmentation.registry import MODEL_NAME, Registered
 from segmentation.settings import load_settings
 
@@ -171,7 +171,7 @@ def main() -> None:
         f"\n  mIoU            {result['miou']:.4f} on the val split (pixel accuracy {result['pixel_accuracy']:.4f})\n"
         f"  model           models:/{MODEL_NAME}/{result['version']}  {aliases}\n"
         f"  experiment      {result['experiment']}\n"
-        f"  look at         {result['folder']}/{EVALUATION}/panels.png\n"
+        f"  look at         {result['folder']}/{REPORT}\n"
         "  next            make services   (Prefect and MLflow in the browser)\n"
     )
 

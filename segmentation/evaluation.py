@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,15 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from segmentation.boundary import boundary_counts, boundary_iou
+from segmentation.calibration import calibration_error, reliability_counts, reliability_table
 from segmentation.data import split_ids
-from segmentation.figures import draw_panels
+from segmentation.decoder import upsample
+from segmentation.errors import PipelineError
+from segmentation.figures import Drawn, draw_confusion, draw_panels, draw_per_class, draw_reliability
 from segmentation.files import atomic_path, write_json
 from segmentation.images import Pixels, read_mask, read_photo, resize_mask
+from segmentation.intervals import bootstrap_iou
 from segmentation.metrics import (
     class_iou,
     confusion_matrices,
@@ -24,64 +31,147 @@ from segmentation.metrics import (
     pixel_accuracy,
     report_miou,
 )
-from segmentation.predictor import Predictor, mask_at
+from segmentation.predictor import Augmentation, Predictor, mask_at
+from segmentation.settings import EvaluateSettings
 from segmentation.voc import VocFolder
 
+WORST, BEST = 10, 3
 
-def evaluate(models: Path, raw: Path, manifest: Path, reports: Path, panels: int) -> None:
+
+def evaluate(models: Path, raw: Path, manifest: Path, reports: Path, settings: EvaluateSettings) -> None:
     """Predict every val photo and write the scores.
 
-    Writes `metrics.json` (headline numbers at the photo's own size; those at training size, and the report's, beside
-    them), `per_class.csv`, `per_image_confusion.npz` (`ids [N]`, and `[N, C, C]` matrices: `confusion` at the photo's
-    own size and `confusion_training_size`) and `panels.png`.
+    Tables: `metrics.json` (headline numbers at the photo's own size; those at training size, and the report's, beside
+    them; a number that is undefined is left out), `per_class.csv`, `per_image.csv` (list order), `reliability.csv` and
+    `per_image_confusion.npz` (`ids [N]`, and `[N, C, C]` matrices: `confusion` at the photo's own size and
+    `confusion_training_size`). Pictures: `panels.png`, `worst.png`, `best.png`, `confusion.png`, `per_class.png` and
+    `reliability.png`.
+
+    Calibration is that of the softmax probabilities at training size. With test-time augmentation all numbers are those
+    of the averaged logits, resized to the training size where they are not of it.
 
     Args:
         models: the folder of the model's two files.
         raw: photos and masks at their own size, VOC layout.
         manifest: `manifest.parquet`; its val rows are scored in list order.
         reports: the output folder.
-        panels: how many photos are drawn, the first of the list.
+        settings: the section `evaluate` of `params.yaml`.
+
+    Raises:
+        PipelineError: the model cannot be loaded, or no val mask has a labelled pixel.
     """
-    predictor = Predictor.load(models)
-    folder, classes = VocFolder(raw), predictor.card.classes
-    ids = split_ids(manifest, "val")
-    own_size, training_size = [], []
-    drawn: list[tuple[Image.Image, Pixels, Pixels]] = []
+    predictor = Predictor.load(models, Augmentation(settings.flip, tuple(settings.scales), settings.sliding_window))
+    folder, classes, ids = VocFolder(raw), predictor.card.classes, split_ids(manifest, "val")
+    started, sizes, scored = time.perf_counter(), [], []
     for identifier in tqdm(ids, desc="evaluate", unit="photo", disable=None):
         photo, _ = read_photo(folder.photo(identifier))
-        truth = read_mask(folder.mask(identifier))
-        logits = predictor.logits(photo)
-        prediction = mask_at(logits, *truth.shape)
-        own_size.append(_confusion(prediction, truth, len(classes)))
-        small_truth = resize_mask(truth, predictor.card.image_size)
-        training_size.append(_confusion(logits.argmax(0).cpu().numpy(), small_truth, len(classes)))
-        if len(drawn) < panels:
-            drawn.append((photo, truth, prediction))
+        sizes.append(photo.size)
+        scored.append(_score(predictor, photo, read_mask(folder.mask(identifier))))
+    seconds = (time.perf_counter() - started) / len(ids)
+    confusions, small, border, reliability = (torch.stack(counts) for counts in zip(*scored, strict=True))
+    if not confusions.any():
+        raise PipelineError(f"{raw}: no mask of the val split has a labelled pixel; there is nothing to score")
 
-    confusion, small = torch.stack(own_size), torch.stack(training_size)
-    scores = {
-        **_scores(confusion.sum(0)),
-        "training_size": {**_scores(small.sum(0)), "report_miou": report_miou(small)},
+    confusion, border, reliability = confusions.sum(0), border.sum(0), reliability.sum(0)
+    miou_ends, iou_ends = bootstrap_iou(confusions, settings.bootstrap)
+    headline, error = _scores(confusion), calibration_error(reliability)
+    metrics = {
+        "miou": headline["miou"],
+        "miou_low": miou_ends[0].item(),
+        "miou_high": miou_ends[1].item(),
+        **headline,
+        "boundary_iou": boundary_iou(border).nanmean().item(),
+        "calibration_error": error,
+        "training_size": {
+            **_scores(small.sum(0)),
+            "report_miou": report_miou(small),
+            "report_miou_ceiling": report_miou(torch.diag_embed(small.sum(-1))),
+        },
         "photos": len(ids),
     }
-    write_json(reports / "metrics.json", scores)
-    _write_per_class(reports / "per_class.csv", confusion.sum(0), classes)
+    per_class = _per_class(confusions, border, iou_ends, classes)
+    per_image = _per_image(confusions, ids, sizes)
+    bins = reliability_table(reliability)
+    write_json(reports / "metrics.json", _defined(metrics))
+    for name, table in (("per_class", per_class), ("per_image", per_image), ("reliability", bins)):
+        with atomic_path(reports / f"{name}.csv") as temporary:
+            table.to_csv(temporary, index=False, float_format="%.6f")
     with atomic_path(reports / "per_image_confusion.npz") as temporary:
         np.savez_compressed(
             temporary,
             ids=np.array(ids),
-            confusion=confusion.numpy().astype(np.uint32),
+            confusion=confusions.numpy().astype(np.uint32),
             confusion_training_size=small.numpy().astype(np.uint32),
         )
-    draw_panels(reports / "panels.png", drawn, classes)
-    print(f"evaluate: {len(ids)} photos, mIoU {scores['miou']:.4f}, pixel accuracy {scores['pixel_accuracy']:.4f}")
+
+    ranked = per_image.dropna().sort_values("miou", kind="stable")
+    for name, rows in (
+        ("panels", per_image.head(settings.panels)),
+        ("worst", ranked.head(WORST)),
+        ("best", ranked.tail(BEST)[::-1]),
+    ):
+        draw_panels(reports / f"{name}.png", _predict_again(predictor, folder, rows), classes)
+    draw_confusion(reports / "confusion.png", confusion.numpy(), classes)
+    draw_per_class(reports / "per_class.png", per_class)
+    draw_reliability(reports / "reliability.png", bins, error)
+    print(
+        f"evaluate: {len(ids)} photos, mIoU {metrics['miou']:.4f} (95 % interval {metrics['miou_low']:.4f} to "
+        f"{metrics['miou_high']:.4f}), {seconds:.2f} s a photo"
+    )
+
+
+def _score(predictor: Predictor, photo: Image.Image, truth: Pixels) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One photo's confusion `[C, C]` at its own and at training size, border `[2, C]` and reliability `[3, BINS]`."""
+    side, classes = predictor.card.image_size, len(predictor.card.classes)
+    logits = predictor.logits(photo)
+    prediction = mask_at(logits, *truth.shape)
+    small, small_truth = upsample(logits[None], (side, side))[0], resize_mask(truth, side)
+    return (
+        _confusion(prediction, truth, classes),
+        _confusion(small.argmax(0).cpu().numpy(), small_truth, classes),
+        boundary_counts(prediction, truth, classes),
+        reliability_counts(small, torch.tensor(small_truth, device=small.device)),
+    )
+
+
+def _per_class(confusions: Tensor, border: Tensor, ends: Tensor, classes: list[str]) -> pd.DataFrame:
+    """One row a class; its IoUs are NaN where neither truth nor prediction has it."""
+    confusion = confusions.sum(0)
+    pixels = confusion.sum(1)
+    return pd.DataFrame(
+        {
+            "id": range(len(classes)),
+            "class": classes,
+            "iou": class_iou(confusion),
+            "iou_low": ends[0],
+            "iou_high": ends[1],
+            "boundary_iou": boundary_iou(border),
+            "pixels": pixels,
+            "frequency": pixels / pixels.sum(),
+            "photos": confusions.sum(2).count_nonzero(0),
+        }
+    )
+
+
+def _per_image(confusions: Tensor, ids: list[str], sizes: list[tuple[int, int]]) -> pd.DataFrame:
+    """One row a photo; its scores are NaN where the mask is all void."""
+    widths, heights = zip(*sizes, strict=True)
+    return pd.DataFrame(
+        {
+            "id": ids,
+            "width": widths,
+            "height": heights,
+            "miou": class_iou(confusions).nanmean(1),
+            "pixel_accuracy": [pixel_accuracy(confusion) for confusion in confusions],
+        }
+    )
 
 
 def _confusion(prediction: Pixels, truth: Pixels, classes: int) -> Tensor:
     return confusion_matrices(torch.from_numpy(prediction)[None], torch.tensor(truth)[None], classes)[0]
 
 
-def _scores(confusion: Tensor) -> dict[str, Any]:
+def _scores(confusion: Tensor) -> dict[str, float]:
     return {
         "miou": miou(confusion),
         "pixel_accuracy": pixel_accuracy(confusion),
@@ -89,8 +179,17 @@ def _scores(confusion: Tensor) -> dict[str, Any]:
     }
 
 
-def _write_per_class(path: Path, confusion: Tensor, classes: list[str]) -> None:
-    """One row a class; `iou` is empty for a class that neither truth nor prediction has."""
-    table = pd.DataFrame({"class": classes, "iou": class_iou(confusion), "pixels": confusion.sum(1)})
-    with atomic_path(path) as temporary:
-        table.to_csv(temporary, index_label="id", float_format="%.6f")
+def _defined(scores: dict[str, Any]) -> dict[str, Any]:
+    """Without what is NaN: JSON and MLflow know no such number."""
+    inner = {key: _defined(value) if isinstance(value, dict) else value for key, value in scores.items()}
+    return {key: value for key, value in inner.items() if not (isinstance(value, float) and math.isnan(value))}
+
+
+def _predict_again(predictor: Predictor, folder: VocFolder, rows: pd.DataFrame) -> list[Drawn]:
+    """Photo, truth and prediction of some rows of `per_image.csv`; of all photos they would fill the memory."""
+    drawn = []
+    for identifier, score in zip(rows["id"], rows["miou"], strict=True):
+        photo, _ = read_photo(folder.photo(identifier))
+        title = identifier if math.isnan(score) else f"{identifier}  mIoU {score:.2f}"
+        drawn.append(Drawn(title, photo, read_mask(folder.mask(identifier)), predictor.mask(photo)))
+    return drawn

@@ -11,6 +11,7 @@ DATA_CHECKS = Path("reports/data_checks.json")
 MODEL = Path("models")
 TRAINING = Path("reports/training")
 EVALUATION = Path("reports/evaluation")
+REPORT = Path("reports/index.html")
 
 
 def project_root() -> Path:

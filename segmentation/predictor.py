@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 
 import numpy as np
@@ -12,20 +13,37 @@ from torch import Tensor
 
 from segmentation import model as model_files
 from segmentation.decoder import upsample
-from segmentation.images import Pixels, resize_photo
+from segmentation.images import Pixels
 from segmentation.model import ModelCard, Segmenter
 
 
 @dataclass(frozen=True)
+class Augmentation:
+    """What a prediction is averaged over. The default is nothing: the photo squeezed to the training size, once.
+
+    Args:
+        flip: the mirrored photo as well.
+        scales: sizes of the photo as shares of the training size, each rounded to whole patches.
+        sliding_window: the photo in its own proportions, its shorter side the training size, and windows of that size
+            over it, which overlap by a third at least. Memory grows with the proportions of the photo.
+    """
+
+    flip: bool = False
+    scales: tuple[float, ...] = (1.0,)
+    sliding_window: bool = False
+
+
+@dataclass(frozen=True)
 class Predictor:
-    """A loaded model and the device it lies on."""
+    """A loaded model, the device it lies on, and what its predictions are averaged over."""
 
     model: Segmenter
     card: ModelCard
     device: torch.device
+    augmentation: Augmentation = Augmentation()
 
     @classmethod
-    def load(cls, folder: Path) -> Predictor:
+    def load(cls, folder: Path, augmentation: Augmentation = Augmentation()) -> Predictor:
         """Load `segmenter.safetensors` and `segmenter.json`, onto the GPU where there is one.
 
         Raises:
@@ -33,26 +51,77 @@ class Predictor:
         """
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model, card = model_files.load(folder)
-        return cls(model.to(device), card, device)
+        return cls(model.to(device), card, device, augmentation)
 
     @torch.inference_mode()
     def logits(self, photo: Image.Image) -> Tensor:
-        """Logits `[C, S, S]` float32 of an upright RGB photo, at training size.
+        """Logits float32 of an upright RGB photo: `[C, S, S]` at training size, or with a sliding window `[C, h, w]`
+        in the photo's proportions, the shorter side S.
 
-        One photo at a time: in a batch, the last bits of a photo's logits depend on its neighbours.
+        One photo, or window, at a time: in a batch, the last bits of its logits depend on its neighbours.
         """
-        pixels = np.array(resize_photo(photo, self.card.image_size))
-        images = torch.from_numpy(pixels).permute(2, 0, 1)[None].to(self.device)
-        return self.model(images)[0].float()
+        # Logits are averaged, not probabilities: what follows resizes them in any case, which is linear as the mean is,
+        # and never has to take the logarithm of a probability that float32 rounded to 0.
+        size, views = self._size(photo, 1.0), self.augmentation
+        parts = (
+            upsample(self._view(photo, scale, mirrored)[None], size)[0]
+            for scale in views.scales
+            for mirrored in ((False, True) if views.flip else (False,))
+        )
+        return reduce(torch.add, parts) / (len(views.scales) * (1 + views.flip))
 
     def mask(self, photo: Image.Image) -> Pixels:
         """Class ids `[H, W]` uint8 at the photo's own size."""
         return mask_at(self.logits(photo), photo.height, photo.width)
 
+    def _size(self, photo: Image.Image, scale: float) -> tuple[int, int]:
+        """Height and width that a photo is resized to."""
+        patch = self.model.encoder.patch
+        side = max(1, round(self.card.image_size * scale / patch)) * patch
+        if not self.augmentation.sliding_window:
+            return side, side
+        shorter = min(photo.size)
+        return round(side * photo.height / shorter), round(side * photo.width / shorter)
+
+    def _view(self, photo: Image.Image, scale: float, mirrored: bool) -> Tensor:
+        """Logits `[C, h, w]` of the photo at one scale, turned back where it was mirrored."""
+        height, width = self._size(photo, scale)
+        resized = photo.resize((width, height), Image.Resampling.BILINEAR)  # `images.resize_photo` for any two sides
+        pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1).to(self.device)
+        if mirrored:
+            return self._forward(pixels.flip(-1)).flip(-1)
+        return self._forward(pixels)
+
+    def _forward(self, pixels: Tensor) -> Tensor:
+        """Logits `[C, h, w]` of `[3, h, w]` uint8: at once, or the mean of windows where they overlap."""
+        height, width = pixels.shape[1:]
+        if not self.augmentation.sliding_window:
+            return self.model(pixels[None])[0].float()
+        side = min(self.card.image_size, height, width)
+        total = torch.zeros(len(self.card.classes), height, width, device=self.device)
+        windows = torch.zeros(height, width, device=self.device)
+        for top in window_starts(height, side):
+            for left in window_starts(width, side):
+                here = (..., slice(top, top + side), slice(left, left + side))
+                total[here] += self.model(pixels[None][here])[0].float()
+                windows[here] += 1
+        return total / windows
+
+
+def window_starts(length: int, window: int) -> list[int]:
+    """Where windows begin along a side: as few, evenly spaced, as cover it and overlap by a third at least.
+
+    Args:
+        length: of the side, pixels.
+        window: of a window, pixels; 2 or more, and no longer than the side.
+    """
+    steps = -(-(length - window) // (window * 2 // 3))
+    return np.linspace(0, length - window, steps + 1).round().astype(int).tolist()
+
 
 @torch.inference_mode()
 def mask_at(logits: Tensor, height: int, width: int) -> Pixels:
-    """Logits `[C, S, S]` resized bilinearly to `height` × `width`, then each pixel's best class (the first of equals).
+    """Logits `[C, h, w]` resized bilinearly to `height` × `width`, then each pixel's best class (the first of equals).
 
     One class at a time: the memory is that of three planes, not of C.
     """

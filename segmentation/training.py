@@ -83,7 +83,7 @@ def train(settings: Settings, processed: Path, classes: list[str], models: Path,
     model.load_state_dict(task.best["state"] if best else task.validated_state(), strict=False)
     model_files.save(model, card.model_copy(update={"epoch": epoch}), models)
     with atomic_path(reports / "history.csv") as temporary:
-        pd.DataFrame(task.history).to_csv(temporary, index=False, float_format="%.6f")
+        pd.DataFrame(task.history).to_csv(temporary, index=False, float_format="%.8g")
 
 
 def model_card(settings: Settings, classes: list[str]) -> ModelCard:

@@ -1,14 +1,16 @@
-"""Score the trained model on the val split and draw its first predictions."""
+"""Score the trained model on the val split, draw its predictions and write the report page."""
 
-from segmentation.paths import EVALUATION, MANIFEST, MODEL, RAW
+from segmentation.paths import DATA_CHECKS, EVALUATION, MANIFEST, MODEL, RAW, REPORT, TRAINING
 from segmentation.settings import Settings
 from stages._stage import run_stage
 
 
 def main(settings: Settings) -> None:
     from segmentation.evaluation import evaluate
+    from segmentation.report import write_report
 
-    evaluate(MODEL, RAW, MANIFEST, EVALUATION, settings.evaluate.panels)
+    evaluate(MODEL, RAW, MANIFEST, EVALUATION, settings.evaluate)
+    write_report(REPORT, TRAINING, EVALUATION, DATA_CHECKS, MODEL, RAW, settings)
 
 
 if __name__ == "__main__":

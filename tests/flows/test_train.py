@@ -98,6 +98,7 @@ def test_results_to_look_at_are_copied_out(trained):
         "reports/training/history.csv",
         "reports/evaluation/panels.png",
         "reports/evaluation/per_class.csv",
+        "reports/index.html",
     ):
         assert (folder / name).stat().st_size > 0
 

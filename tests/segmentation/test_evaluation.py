@@ -1,89 +1,269 @@
+import gc
 import json
+import shutil
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from PIL import Image
-from torch.nn import functional as F
+from torchmetrics.classification import MulticlassCalibrationError
 from torchmetrics.functional.classification import multiclass_confusion_matrix, multiclass_jaccard_index
 
+from segmentation import evaluation
 from segmentation import model as model_files
+from segmentation.boundary import boundary_counts, boundary_iou
+from segmentation.errors import PipelineError
 from segmentation.evaluation import evaluate
-from segmentation.images import read_mask, read_photo
+from segmentation.images import mask_image, read_mask, read_photo, resize_mask
+from segmentation.intervals import bootstrap_iou
+from segmentation.metrics import report_miou
 from segmentation.model import ModelCard, build
-from segmentation.predictor import Predictor, mask_at
+from segmentation.predictor import Augmentation, Predictor
 from segmentation.preprocess import preprocess
+from segmentation.settings import EvaluateSettings
+from segmentation.voc import VocFolder
 
-CARD = ModelCard(
-    encoder="vit_small_patch14_dinov2",
-    trainable_blocks=1,
-    decoder_channels=[16, 16, 8, 8],
-    image_size=56,
-    classes=["background", "cat", "dog"],
-    encoder_weights="random",
-    epoch=1,
-)
+SETTINGS = EvaluateSettings(panels=2, flip=False, scales=[1.0], sliding_window=False, bootstrap=100)
+WRITTEN = [
+    "best.png", "confusion.png", "metrics.json", "panels.png", "per_class.csv", "per_class.png", "per_image.csv",
+    "per_image_confusion.npz", "reliability.csv", "reliability.png", "worst.png",
+]  # fmt: skip
+
+
+@dataclass
+class Run:
+    """A random model, photos, and where it was evaluated."""
+
+    folder: VocFolder
+    path: Path
+
+    @property
+    def classes(self) -> int:
+        return len(self.folder.classes())
+
+    def evaluate(self, reports: str = "reports", **settings) -> Path:
+        values = SETTINGS.model_copy(update=settings)
+        manifest = self.path / "processed/manifest.parquet"
+        evaluate(self.path / "models", self.folder.root, manifest, self.path / reports, values)
+        return self.path / reports
+
+    def predictor(self, *augmentation) -> Predictor:
+        return Predictor.load(self.path / "models", Augmentation(*augmentation))
+
+    def val(self):
+        """Photo and truth of each val photo."""
+        for name in self.folder.ids("val"):
+            yield read_photo(self.folder.photo(name))[0], read_mask(self.folder.mask(name))
+
+
+def prepare(folder: VocFolder, path: Path) -> Run:
+    card = ModelCard(
+        encoder="vit_small_patch14_dinov2", trainable_blocks=1, decoder="unet", decoder_channels=[16, 16, 8, 8],
+        decoder_norm="batch", skip_connections=[], image_size=56, classes=folder.classes(), encoder_weights="random",
+        epoch=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model_files.save(build(card), card, path / "models")
+    preprocess(folder.root, path / "processed", 56)
+    return Run(folder, path)
 
 
 @pytest.fixture
-def evaluated(make_raw, tmp_path):
-    folder = make_raw(2, 5)
-    torch.manual_seed(0)
-    model_files.save(build(CARD), CARD, tmp_path / "models")
-    preprocess(folder.root, tmp_path / "processed", 56)
-    evaluate(tmp_path / "models", folder.root, tmp_path / "processed/manifest.parquet", tmp_path / "reports", 2)
-    return folder, tmp_path
+def run(make_raw, tmp_path) -> Run:
+    return prepare(make_raw(2, 5), tmp_path)
 
 
-@pytest.mark.parametrize(("height", "width"), [(37, 91), (56, 56), (10, 12)])
-def test_a_mask_at_any_size_is_the_argmax_of_the_resized_logits(height, width):
-    logits = torch.randn(5, 56, 56, generator=torch.Generator().manual_seed(0))
-    resized = F.interpolate(logits[None], (height, width), mode="bilinear", align_corners=False)
-    assert np.array_equal(mask_at(logits, height, width), resized.argmax(1)[0].numpy())
+@pytest.fixture
+def real(voc_subset, tmp_path) -> Run:
+    """Four real val photos."""
+    source, folder = VocFolder(voc_subset), VocFolder(tmp_path / "raw")
+    for split, count in (("train", 1), ("val", 4)):
+        ids = source.ids(split)[:count]
+        for of in (VocFolder.photo, VocFolder.mask):
+            of(folder, "x").parent.mkdir(parents=True, exist_ok=True)
+            for name in ids:
+                shutil.copy(of(source, name), of(folder, name))
+        folder.split_file(split).parent.mkdir(parents=True, exist_ok=True)
+        folder.split_file(split).write_text("".join(f"{name}\n" for name in ids))
+    return prepare(folder, tmp_path)
 
 
-def test_of_equal_classes_the_first_is_taken():
-    assert mask_at(torch.zeros(3, 4, 4), 6, 6).max() == 0
+@pytest.fixture(params=["run", "real"])
+def either(request) -> Run:
+    return request.getfixturevalue(request.param)
 
 
-def test_the_scores_are_torchmetrics_on_the_predicted_masks_at_the_photos_own_size(evaluated):
-    folder, path = evaluated
-    predictor = Predictor.load(path / "models")
-    predicted, truth, confusions = [], [], []
-    for name in folder.ids("val"):
-        mask = torch.tensor(read_mask(folder.mask(name))).long()
-        prediction = torch.from_numpy(predictor.mask(read_photo(folder.photo(name))[0])).long()
+def test_the_scores_at_the_photos_own_size_are_torchmetrics_on_the_predicted_masks(either):
+    reports, predictor, classes = either.evaluate(), either.predictor(), either.classes
+    predicted, truths, confusions, borders = [], [], [], []
+    for photo, truth in either.val():
+        mask, prediction = torch.tensor(truth).long(), torch.from_numpy(predictor.mask(photo)).long()
         assert (mask == 255).any()
         assert prediction.shape == mask.shape
         predicted.append(prediction.flatten())
-        truth.append(mask.flatten())
-        confusions.append(multiclass_confusion_matrix(prediction, mask, 3, ignore_index=255))
-    reference = multiclass_jaccard_index(torch.cat(predicted), torch.cat(truth), 3, average="none", ignore_index=255)
-    metrics = json.loads((path / "reports/metrics.json").read_text())
-    assert metrics["miou"] == pytest.approx(reference.mean().item(), abs=1e-6)
-    table = pd.read_csv(path / "reports/per_class.csv")
-    assert table["class"].tolist() == CARD.classes
-    assert table["iou"].tolist() == pytest.approx(reference.tolist(), abs=1e-6)
-    saved = np.load(path / "reports/per_image_confusion.npz")
-    assert saved["ids"].tolist() == folder.ids("val")
-    assert np.array_equal(saved["confusion"], torch.stack(confusions).numpy())
-    assert saved["confusion_training_size"].shape == (5, 3, 3)
-    labelled = saved["confusion"].sum(axis=(1, 2))
-    assert labelled.tolist() == [(read_mask(folder.mask(name)) != 255).sum() for name in folder.ids("val")]
+        truths.append(mask.flatten())
+        confusions.append(multiclass_confusion_matrix(prediction, mask, classes, ignore_index=255))
+        borders.append(boundary_counts(prediction.numpy().astype(np.uint8), truth, classes))
+    confusions = torch.stack(confusions)
+    everything = torch.cat(predicted), torch.cat(truths)
+    iou = multiclass_jaccard_index(*everything, classes, average="none", ignore_index=255)
+    total = confusions.sum(0)
+    present = (total.sum(0) + total.sum(1)) > 0
+
+    metrics = json.loads((reports / "metrics.json").read_text())
+    mean, per_class = bootstrap_iou(confusions, 100)
+    assert metrics["miou"] == pytest.approx(iou[present].mean().item(), abs=1e-6)
+    assert [metrics["miou_low"], metrics["miou_high"]] == mean.tolist()
+    assert metrics["pixel_accuracy"] == pytest.approx((total.diagonal().sum() / total.sum()).item())
+    assert metrics["mean_class_accuracy"] == pytest.approx((total.diagonal() / total.sum(1)).nanmean().item())
+    assert metrics["boundary_iou"] == pytest.approx(boundary_iou(sum(borders)).nanmean().item())
+    assert metrics["photos"] == len(confusions)
+
+    table = pd.read_csv(reports / "per_class.csv")
+    assert table.columns.tolist() == [
+        "id", "class", "iou", "iou_low", "iou_high", "boundary_iou", "pixels", "frequency", "photos",
+    ]  # fmt: skip
+    assert table["id"].tolist() == list(range(classes))
+    assert table["class"].tolist() == either.folder.classes()
+    assert table["iou"].isna().tolist() == (~present).tolist()
+    assert table["iou"].dropna().tolist() == pytest.approx(iou[present].tolist(), abs=1e-6)
+    np.testing.assert_allclose(table["iou_low"], per_class[0], atol=1e-6)
+    np.testing.assert_allclose(table["iou_high"], per_class[1], atol=1e-6)
+    assert table["pixels"].tolist() == [sum((mask == k).sum() for mask in truths) for k in range(classes)]
+    assert table["photos"].tolist() == [sum((mask == k).any() for mask in truths) for k in range(classes)]
+    np.testing.assert_allclose(table["frequency"], table["pixels"] / table["pixels"].sum(), atol=1e-6)
+
+    photos = pd.read_csv(reports / "per_image.csv", dtype={"id": str})
+    assert photos["id"].tolist() == either.folder.ids("val")
+    assert list(zip(photos["width"], photos["height"], strict=True)) == [photo.size for photo, _ in either.val()]
+    for k, (mean_iou, accuracy) in enumerate(zip(photos["miou"], photos["pixel_accuracy"], strict=True)):
+        one = confusions[k].double()
+        either_has = (one.sum(0) + one.sum(1)) > 0
+        scores = multiclass_jaccard_index(predicted[k], truths[k], classes, average="none", ignore_index=255)
+        assert mean_iou == pytest.approx(scores[either_has].mean().item(), abs=1e-5)
+        assert accuracy == pytest.approx((one.diagonal().sum() / one.sum()).item(), abs=1e-6)
+
+    saved = np.load(reports / "per_image_confusion.npz")
+    assert saved["ids"].tolist() == either.folder.ids("val")
+    assert np.array_equal(saved["confusion"], confusions.numpy())
 
 
-def test_evaluating_twice_gives_the_same_bytes(evaluated):
-    folder, path = evaluated
-    evaluate(path / "models", folder.root, path / "processed/manifest.parquet", path / "again", 2)
-    names = sorted(file.name for file in (path / "reports").iterdir())
-    assert names == ["metrics.json", "panels.png", "per_class.csv", "per_image_confusion.npz"]
-    for name in names:
-        assert (path / "reports" / name).read_bytes() == (path / "again" / name).read_bytes()
+@pytest.mark.parametrize(("source", "augmented"), [("run", True), ("real", False)])
+def test_the_scores_at_training_size_are_torchmetrics_on_the_logits(request, source, augmented):
+    either = request.getfixturevalue(source)
+    settings = {"flip": True, "scales": [0.75, 1.0], "sliding_window": True} if augmented else {}
+    reports, classes = either.evaluate(**settings), either.classes
+    predictor = either.predictor(*((True, (0.75, 1.0), True) if augmented else ()))
+    calibration = MulticlassCalibrationError(classes, n_bins=15, norm="l1", ignore_index=255)
+    confusions, perfect = [], []
+    for photo, truth in either.val():
+        logits = predictor.logits(photo)[None]
+        logits = torch.nn.functional.interpolate(logits, (56, 56), mode="bilinear", align_corners=False)
+        mask = torch.tensor(resize_mask(truth, 56)).long()[None]
+        assert (mask == 255).any()
+        calibration.update(logits.softmax(1), mask)
+        confusions.append(multiclass_confusion_matrix(logits.argmax(1), mask, classes, ignore_index=255))
+        perfect.append(multiclass_confusion_matrix(mask.where(mask != 255, 0), mask, classes, ignore_index=255))
+    confusions, perfect = torch.stack(confusions), torch.stack(perfect)
+    metrics = json.loads((reports / "metrics.json").read_text())
+    assert metrics["calibration_error"] == pytest.approx(calibration.compute().item(), abs=1e-5)
+    small = metrics["training_size"]
+    assert np.array_equal(np.load(reports / "per_image_confusion.npz")["confusion_training_size"], confusions)
+    assert small["report_miou"] == report_miou(confusions)
+    assert small["report_miou_ceiling"] == report_miou(perfect)
+    assert small["pixel_accuracy"] == pytest.approx((confusions.sum(0).diagonal().sum() / confusions.sum()).item())
+    bins = pd.read_csv(reports / "reliability.csv")
+    assert len(bins) == 15
+    assert bins["pixels"].sum() == confusions.sum()
 
 
-def test_the_panels_are_a_picture_of_the_first_photos(evaluated):
-    _, path = evaluated
-    picture = np.asarray(Image.open(path / "reports/panels.png").convert("RGB"))
+def test_evaluating_twice_gives_the_same_bytes(run, capsys):
+    first, again = run.evaluate(), run.evaluate("again")
+    assert sorted(file.name for file in first.iterdir()) == WRITTEN
+    for name in WRITTEN:
+        assert (first / name).read_bytes() == (again / name).read_bytes()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    metrics = json.loads((first / "metrics.json").read_text())
+    assert f"5 photos, mIoU {metrics['miou']:.4f}" in lines[0]
+    assert f"{metrics['miou_low']:.4f} to {metrics['miou_high']:.4f}" in lines[0]
+    assert lines[0].endswith(" s a photo")
+
+
+def test_the_pictures_are_of_the_first_the_worst_and_the_best_photos(run, monkeypatch):
+    drawn = {}
+    original = evaluation.draw_panels
+
+    def draw(path, rows, classes):
+        drawn[path.name] = rows
+        original(path, rows, classes)
+
+    monkeypatch.setattr(evaluation, "draw_panels", draw)
+    reports = run.evaluate()
+    table = pd.read_csv(reports / "per_image.csv")
+    ascending = table.sort_values("miou")
+    titles = {name: [row.title for row in rows] for name, rows in drawn.items()}
+    assert [title.split("  ")[0] for title in titles["panels.png"]] == ["val0", "val1"]
+    assert titles["worst.png"] == [f"{r.id}  mIoU {r.miou:.2f}" for r in ascending.itertuples()]
+    assert [title.split("  ")[0] for title in titles["best.png"]] == ascending["id"].tolist()[:-4:-1]
+    predictor = run.predictor()
+    for row, (photo, truth) in zip(drawn["panels.png"], run.val(), strict=False):
+        assert np.array_equal(row.truth, truth)
+        assert np.array_equal(row.prediction, predictor.mask(photo))
     # The palette's colour of class 1, in the truth and in the legend.
+    picture = np.asarray(Image.open(reports / "panels.png").convert("RGB"))
     assert (picture == (128, 0, 0)).all(axis=2).any()
+
+
+def test_a_mask_that_is_all_void_has_no_scores_and_changes_no_others(run):
+    name = run.folder.ids("val")[2]
+    run.folder.split_file("val").write_text("".join(f"{other}\n" for other in run.folder.ids("val") if other != name))
+    preprocess(run.folder.root, run.path / "processed", 56)
+    without = run.evaluate("without")
+    run.folder.split_file("val").write_text("".join(f"val{k}\n" for k in range(5)))
+    mask = run.folder.mask(name)
+    mask_image(np.full_like(read_mask(mask), 255)).save(mask)
+    preprocess(run.folder.root, run.path / "processed", 56)
+    reports = run.evaluate()
+    metrics, expected = (json.loads((folder / "metrics.json").read_text()) for folder in (reports, without))
+    for key in ("miou", "pixel_accuracy", "mean_class_accuracy", "boundary_iou", "calibration_error"):
+        assert metrics[key] == pytest.approx(expected[key])
+    table = pd.read_csv(reports / "per_image.csv")
+    assert table.loc[2, ["miou", "pixel_accuracy"]].isna().all()
+    assert table.drop(index=2).notna().all(axis=None)
+
+
+def test_nothing_to_score_is_an_error(run):
+    for name in run.folder.ids("val"):
+        mask_image(np.full_like(read_mask(run.folder.mask(name)), 255)).save(run.folder.mask(name))
+    with pytest.raises(PipelineError, match="nothing to score"):
+        run.evaluate()
+
+
+def test_memory_does_not_grow_with_the_photos(run, monkeypatch):
+    alive, most = [], []
+    original = evaluation._score
+
+    def score(predictor, photo, truth):
+        alive.extend(weakref.ref(thing) for thing in (photo, truth))
+        gc.collect()
+        most.append(sum(reference() is not None for reference in alive))
+        return original(predictor, photo, truth)
+
+    def logits(predictor, photo):
+        result = true_logits(predictor, photo)
+        held.append(weakref.ref(result))
+        assert sum(reference() is not None for reference in held) <= 2
+        return result
+
+    held, true_logits = [], Predictor.logits
+    monkeypatch.setattr(evaluation, "_score", score)
+    monkeypatch.setattr(Predictor, "logits", logits)
+    run.evaluate()
+    assert len(most) == 5
+    assert len(held) > 5
+    assert max(most) <= 3
