@@ -1,4 +1,4 @@
-"""Overfit eight real pairs, to show that gradients, loss, masks and metrics fit together: `python -m benchmarks.overfit`.
+"""Overfit eight real pairs, to show that gradients, loss, masks and metrics fit together.
 
 ViT-S/14 with random weights at 224×224; its last block and the decoder are trained. About ten minutes on two CPU cores.
 """

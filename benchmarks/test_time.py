@@ -8,6 +8,7 @@ Time is that of the predictions alone, as a ratio of the plain one's in the same
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 from segmentation.data import split_ids
+from segmentation.errors import PipelineError
 from segmentation.files import write_json
 from segmentation.images import read_mask, read_photo
 from segmentation.metrics import confusion_matrices, miou
@@ -38,9 +40,16 @@ def main() -> None:
     parser.add_argument("--photos", type=int, help="only so many val photos, the first of the list")
     parser.add_argument("--json", type=Path, help="write the table to this file, too")
     arguments = parser.parse_args()
+    try:
+        measure(arguments.photos, arguments.json)
+    except PipelineError as error:
+        sys.exit(f"error: {error}")
 
+
+def measure(photos: int | None, result: Path | None) -> None:
+    """Predict the first `photos` val photos in every way and print the table."""
     plain, folder = Predictor.load(MODEL), VocFolder(RAW)
-    ids, classes = split_ids(MANIFEST, "val")[: arguments.photos], len(plain.card.classes)
+    ids, classes = split_ids(MANIFEST, "val")[:photos], len(plain.card.classes)
     predictors = {name: replace(plain, augmentation=augmentation) for name, augmentation in VARIANTS.items()}
     seconds = dict.fromkeys(VARIANTS, 0.0)
     confusion = {name: torch.zeros(classes, classes, dtype=torch.int64) for name in VARIANTS}
@@ -71,8 +80,8 @@ def main() -> None:
     print(f"{'':16}{'mIoU':>8}{'gain':>9}{'cost':>8}")
     for row in rows:
         print(f"{row['variant']:16}{row['miou']:8.4f}{row['gain']:+9.4f}{row['cost']:7.2f}×")
-    if arguments.json:
-        write_json(arguments.json, {"photos": len(ids), "device": str(plain.device), "rows": rows})
+    if result:
+        write_json(result, {"photos": len(ids), "device": str(plain.device), "rows": rows})
 
 
 if __name__ == "__main__":

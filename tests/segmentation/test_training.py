@@ -10,6 +10,7 @@ import torch
 from filelock import FileLock
 from safetensors.torch import load_file
 
+from segmentation import model as model_files
 from segmentation.errors import PipelineError
 from segmentation.images import read_mask
 from segmentation.preprocess import preprocess
@@ -29,12 +30,14 @@ def project(make_raw, tmp_path, monkeypatch, root):
     return root / "params.yaml"
 
 
+BASE = {
+    "preprocess.image_size": 56, "encoder.name": "vit_small_patch14_dinov2", "encoder.pretrained": False,
+    "decoder.channels": [16, 16, 8, 8], "train.epochs": 3, "train.workers": 0, "train.lr": 1e-3,
+}  # fmt: skip
+
+
 def settings(params, **train_changes) -> Settings:
-    overrides = {
-        "preprocess.image_size": 56, "encoder.name": "vit_small_patch14_dinov2", "encoder.pretrained": False,
-        "decoder.channels": [16, 16, 8, 8], "train.epochs": 3, "train.workers": 0, "train.lr": 1e-3,
-    }  # fmt: skip
-    return load_settings(params, overrides | {f"train.{key}": value for key, value in train_changes.items()})
+    return load_settings(params, BASE | {f"train.{key}": value for key, value in train_changes.items()})
 
 
 def run(tmp_path, settings: Settings, out: str = "out") -> tuple[dict[str, torch.Tensor], pd.DataFrame, dict]:
@@ -189,6 +192,24 @@ def test_every_option_of_train_changes_the_weights_and_no_two_alike(project, tmp
         runs.append(run(tmp_path, settings(project, epochs=2, keep="last", **option), f"option{number}")[0])
     heads = {weights["decoder.head.weight"].numpy().tobytes() for weights in runs}
     assert len(heads) == len(OPTIONS) + 1
+
+
+MODEL_OPTIONS = [
+    {"encoder.trainable_blocks": 0}, {"encoder.trainable_blocks": 2}, {"encoder.trainable_blocks": "all"},
+    {"encoder.name": "vit_small_patch14_reg4_dinov2"}, {"decoder.type": "linear"}, {"decoder.norm": "group"},
+    {"decoder.norm": "layer"}, {"decoder.skip_connections": [8, 5, 2]},
+]  # fmt: skip
+
+
+def test_every_option_of_encoder_and_decoder_trains_another_model_that_is_loaded_again(project, tmp_path):
+    seen = set()
+    for number, option in enumerate([{}, *MODEL_OPTIONS]):
+        run(tmp_path, load_settings(project, BASE | {"train.epochs": 1} | option), f"model{number}")
+        model, card = model_files.load(tmp_path / f"model{number}/models")
+        with torch.no_grad():
+            seen.add(model(torch.full((1, 3, 56, 56), 99, dtype=torch.uint8)).numpy().tobytes())
+        assert card.classes == CLASSES
+    assert len(seen) == len(MODEL_OPTIONS) + 1
 
 
 def test_layer_decay_slows_the_earlier_of_the_trained_blocks(project, tmp_path):
