@@ -13,8 +13,9 @@ _CHUNK = 2**20  # counts of resampled photos held at a time
 def bootstrap_iou(confusions: Tensor, resamplings: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Intervals of the IoU that data sets of N photos, drawn from these with replacement, would give.
 
-    Of each resampled data set the scores are the VOC devkit's (`metrics.class_iou`, `metrics.miou`); one in which a
-    class is absent from truth and prediction says nothing about that class.
+    Of each resampled data set the scores are the VOC devkit's (`metrics.class_iou`, `metrics.miou`), but that one which
+    drew no photo with a class that these photos do have says nothing about that class: wrong pixels elsewhere would
+    make its IoU 0, and the intervals of few photos those of which classes happened to be drawn.
 
     Args:
         confusions: `[N, C, C]`, one per photo.
@@ -27,13 +28,15 @@ def bootstrap_iou(confusions: Tensor, resamplings: int, seed: int = 0) -> tuple[
     photos = len(confusions)
     hits = confusions.diagonal(dim1=-2, dim2=-1)
     unions = confusions.sum(-1) + confusions.sum(-2) - hits
-    hits, unions = hits.double(), unions.double()
+    hits, unions, truth = hits.double(), unions.double(), confusions.sum(-1).double()
+    known = truth.sum(0) > 0
     generator, drawn = np.random.default_rng(seed), []
     step = max(1, _CHUNK // photos)
     for start in range(0, resamplings, step):
         counts = generator.multinomial(photos, [1 / photos] * photos, size=min(step, resamplings - start))
         times = torch.from_numpy(counts).double()
-        drawn.append((times @ hits) / (times @ unions))
+        iou = (times @ hits) / (times @ unions)
+        drawn.append(iou.masked_fill(known & (times @ truth == 0), torch.nan))
     iou = torch.cat(drawn)
     ends = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.float64)
     return torch.nanquantile(iou.nanmean(1), ends), torch.nanquantile(iou, ends, dim=0)

@@ -30,8 +30,9 @@ def test_the_intervals_are_those_of_a_plain_loop_over_the_same_resamplings(monke
     for _ in range(200):
         times = generator.multinomial(12, [1 / 12] * 12)
         matrix = sum(int(n) * one for n, one in zip(times, photos, strict=True))
-        means.append(miou(matrix))
-        per_class.append(class_iou(matrix).tolist())
+        scores = [iou if matrix[label].any() else math.nan for label, iou in enumerate(class_iou(matrix).tolist())]
+        means.append(np.nanmean(scores))
+        per_class.append(scores)
     ours, ours_per_class = bootstrap_iou(photos, 200, seed=3)
     assert ours.tolist() == pytest.approx(np.percentile(means, [2.5, 97.5]).tolist(), rel=1e-12)
     assert ours[0] < miou(photos.sum(0)) < ours[1]
@@ -41,6 +42,20 @@ def test_the_intervals_are_those_of_a_plain_loop_over_the_same_resamplings(monke
     for label in range(4):
         expected = np.nanpercentile(columns[:, label], [2.5, 97.5])
         assert ours_per_class[:, label].tolist() == pytest.approx(expected.tolist(), rel=1e-12)
+
+
+def test_a_class_that_is_not_drawn_counts_as_nothing_and_not_as_zero():
+    """Of two photos one has class 1, right; in the other it is predicted in a few wrong places."""
+    photos = torch.tensor([[[50, 0], [0, 50]], [[90, 10], [0, 0]]])
+    _, per_class = bootstrap_iou(photos, 200)
+    assert per_class[0, 1] == pytest.approx(50 / 60)
+
+
+def test_a_class_that_is_only_ever_predicted_stays_zero():
+    photos = torch.tensor([[[90, 10], [0, 0]], [[95, 5], [0, 0]]])
+    ours, per_class = bootstrap_iou(photos, 50)
+    assert per_class[:, 1].tolist() == [0, 0]
+    assert ours[0] < miou(photos.sum(0)) <= ours[1]
 
 
 def test_one_photo_gives_intervals_without_width():
