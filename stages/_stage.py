@@ -29,10 +29,11 @@ def run_stage(stage: Callable[[Settings], None], description: str | None, *inste
         parser.add_argument(
             f"--{function.__name__}", action="store_const", const=function, dest="run", help=function.__doc__
         )
-    run = parser.parse_args().run if instead else None
+    parser.set_defaults(run=stage)
+    run = parser.parse_args().run
     _end_with_starter()
     try:
-        (run or stage)(load_settings())
+        run(load_settings())
     except PipelineError as error:
         sys.exit(f"error: {error}")
 

@@ -359,4 +359,4 @@ def test_the_registered_model_predicts_the_evaluated_masks_with_its_own_requirem
 def test_no_code_of_the_registered_model_is_pickled(checkout):
     folder = Path(mlflow.artifacts.download_artifacts(f"models:/{MODEL}/1"))
     kinds = {path.suffix for path in folder.rglob("*") if path.is_file() and path.parent.name != "__pycache__"}
-    assert kinds <= {"", ".py", ".json", ".safetensors", ".yaml", ".yml", ".txt"}
+    assert kinds <= {"", ".py", ".html", ".json", ".safetensors", ".yaml", ".yml", ".txt"}
