@@ -36,6 +36,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the result to this file")
     parser.add_argument("--curve", type=Path, help="draw the curve to this PNG")
     arguments = parser.parse_args()
+    if not arguments.voc.is_dir():
+        parser.error(f"{arguments.voc}: not found; name a folder in VOC layout with --voc")
     try:
         overfit(arguments.voc.resolve(), arguments.epochs, arguments.json, arguments.curve)
     except PipelineError as error:

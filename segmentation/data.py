@@ -25,9 +25,9 @@ def split_ids(manifest: Path, split: str) -> list[str]:
 
 
 def class_pixels(manifest: Path, split: str) -> Tensor:
-    """Labelled pixels of each class in a split, `[C]` int64."""
+    """Labelled pixels of each class in each photo of a split, `[N, C]` int64."""
     table = pd.read_parquet(manifest, columns=["split", "pixels"])
-    return torch.from_numpy(np.stack(table.loc[table["split"] == split, "pixels"].to_list()).sum(0))
+    return torch.from_numpy(np.stack(table.loc[table["split"] == split, "pixels"].to_list()))
 
 
 class PairDataset(Dataset[tuple[Tensor, Tensor, str]]):

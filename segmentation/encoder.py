@@ -107,13 +107,13 @@ def checkpoint_path(settings: EncoderSettings) -> Path | None:
     return project_root() / Path(settings.checkpoint).expanduser() if settings.checkpoint else None
 
 
-def check_encoder(settings: EncoderSettings, image_size: int) -> None:
+def check_encoder(settings: EncoderSettings, image_size: int, skip_connections: Sequence[int]) -> None:
     """Build the encoder and load its weights, so that what is wrong with either shows before hours of other work.
 
     Raises:
         PipelineError: as `Encoder` and `load_weights`.
     """
-    encoder = Encoder(settings.name, image_size, settings.trainable_blocks)
+    encoder = Encoder(settings.name, image_size, settings.trainable_blocks, skip_connections)
     load_weights(encoder, settings.pretrained, checkpoint_path(settings))
 
 
@@ -141,15 +141,14 @@ def _create(name: str, image_size: int) -> ViT:
         vit = timm.create_model(
             name, pretrained=False, img_size=image_size, dynamic_img_size=True, num_classes=0, global_pool=""
         )
-    except RuntimeError as error:
+    except (RuntimeError, ValueError, OSError, AssertionError, TypeError) as error:
         if "Unknown model" not in str(error):
-            raise
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise PipelineError(f"encoder.name: timm cannot build {name!r} at {image_size}: {reason}") from None
         near = difflib.get_close_matches(
             name, timm.list_models("vit_*") + timm.list_pretrained("vit_*"), n=1, cutoff=0.0
         )
         raise PipelineError(f"encoder.name: timm knows no {name!r}; the nearest is {near[0]}") from None
-    except (AssertionError, TypeError) as error:
-        raise PipelineError(f"encoder.name: timm cannot build {name!r} at {image_size}: {error}") from None
     if not isinstance(vit, VisionTransformer | Eva):
         raise PipelineError(
             f"encoder.name: {name!r} is a {type(vit).__name__}, no plain ViT; try vit_base_patch14_dinov2"

@@ -62,14 +62,16 @@ def focal(logits: Tensor, mask: Tensor) -> Tensor:
 def median_frequency_weights(pixels: Tensor) -> Tensor:
     """Class weights `[C]` float32: the median class frequency over each class's own (Eigen and Fergus 2015).
 
+    A class's frequency is its share of the labelled pixels of those photos that show it.
+
     Args:
-        pixels: labelled pixels of each class, `[C]`; a class without any has weight 0.
+        pixels: labelled pixels of each class in each photo, `[N, C]`; a class without any has weight 0.
     """
     pixels = pixels.double()
-    present = pixels > 0
-    weights = torch.zeros_like(pixels)
-    weights[present] = pixels[present].median() / pixels[present]
-    return weights.float()
+    shows = pixels > 0
+    frequency = pixels.sum(0) / (shows * pixels.sum(1, keepdim=True)).sum(0)
+    median = frequency.nanquantile(0.5)
+    return (median / frequency).nan_to_num(0.0).float()
 
 
 def _nothing(logits: Tensor) -> Tensor:

@@ -90,6 +90,7 @@ class AveragedWeights:
     @torch.no_grad()
     def update(self, values: Mapping[str, Tensor]) -> None:
         """Take in the values after an optimiser step; integers, such as batch counters, are copied."""
+        self._follow(values)
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         pairs = [(self.average[name], value.detach()) for name, value in values.items()]
@@ -102,10 +103,15 @@ class AveragedWeights:
     @torch.no_grad()
     def swap(self, values: Mapping[str, Tensor]) -> None:
         """Exchange the average with the values, in place; twice changes nothing."""
+        self._follow(values)
         for name, value in values.items():
             mine = self.average[name].clone()
             self.average[name].copy_(value)
             value.copy_(mine)
+
+    def _follow(self, values: Mapping[str, Tensor]) -> None:
+        """Move to where the values are: Lightning takes the model to the GPU after this object was made."""
+        self.average = {name: value.to(values[name].device) for name, value in self.average.items()}
 
     def state_dict(self) -> dict[str, Any]:
         return {"average": self.average, "steps": self.steps}

@@ -14,17 +14,20 @@ from mlflow.models import set_model
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
 from segmentation.images import mask_image, read_photo
-from segmentation.predictor import Predictor
+from segmentation.predictor import Augmentation, Predictor
 
 
 class SegmentationModel(PythonModel):
     """A frame with a binary column `image` (JPEG or PNG bytes) to one with a binary column `mask`.
 
-    A mask is a palette PNG of class ids at the photo's own size (upright, EXIF orientation applied).
+    A mask is a palette PNG of class ids at the photo's own size (upright, EXIF orientation applied). It is predicted as
+    the version was evaluated; `load_model(…, model_config={"flip": False, …})` chooses otherwise.
     """
 
     def load_context(self, context: PythonModelContext) -> None:
-        self.predictor = Predictor.load(Path(context.artifacts["model"]))
+        config = context.model_config or {}
+        augmentation = Augmentation(config["flip"], tuple(config["scales"]), config["sliding_window"])
+        self.predictor = Predictor.load(Path(context.artifacts["model"]), augmentation)
 
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None

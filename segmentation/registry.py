@@ -143,11 +143,13 @@ def _find(client: MlflowClient, dvc_lock_sha256: str) -> str | None:
 
 def _create_version(client: MlflowClient, files: Path, tags: Mapping[str, str], run_id: str) -> str:
     warnings.filterwarnings("ignore", "(?s).*An input example was not provided")  # the signature is stated below
+    evaluated = YAML(typ="safe").load((files / "params.yaml").read_text(encoding="utf-8"))["evaluate"]
     with mlflow.start_run(run_id=run_id):
         model = mlflow.pyfunc.log_model(
             name="model",
             python_model=str(Path(__file__).with_name("pyfunc.py")),
             artifacts={"model": str(files / MODEL)},
+            model_config={key: evaluated[key] for key in ("flip", "scales", "sliding_window")},
             code_paths=[str(Path(__file__).parent)],
             pip_requirements=[f"{name}=={version(name)}" for name in REQUIREMENTS],
             signature=ModelSignature(

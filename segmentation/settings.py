@@ -22,7 +22,7 @@ PARAMS_FILE = Path("params.yaml")
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class FetchSettings(Section):
@@ -57,15 +57,9 @@ class EncoderSettings(Section):
 
 class DecoderSettings(Section):
     type: Literal["unet", "linear"]
-    channels: list[int] = Field(min_length=4, max_length=4)
+    channels: list[Annotated[int, Field(ge=1)]] = Field(min_length=4, max_length=4)
     norm: Literal["batch", "group", "layer"]
     skip_connections: list[Annotated[int, Field(ge=0)]] = Field(max_length=3)
-
-    @model_validator(mode="after")
-    def _channels_are_positive(self) -> DecoderSettings:
-        if min(self.channels) < 1:
-            raise ValueError("every entry must be at least 1")
-        return self
 
 
 class TrainSettings(Section):
@@ -86,7 +80,7 @@ class TrainSettings(Section):
     focal: float = Field(ge=0)
     class_weights: Literal["none", "median_frequency"]
     horizontal_flip: float = Field(ge=0, le=1)
-    scale: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=2, max_length=2)] | None
+    scale: Annotated[list[Annotated[float, Field(ge=0.1, le=10)]], Field(min_length=2, max_length=2)] | None
     colour_jitter: float = Field(ge=0, le=1)
     keep: Literal["best", "last"]
     panel_epochs: list[Annotated[int, Field(ge=1)]]
@@ -105,11 +99,17 @@ class TrainSettings(Section):
 
 
 class EvaluateSettings(Section):
-    panels: int = Field(ge=1)
+    panels: int = Field(ge=1, le=100)
     flip: bool
-    scales: list[Annotated[float, Field(gt=0)]] = Field(min_length=1)
+    scales: list[Annotated[float, Field(ge=0.25, le=4)]] = Field(min_length=1)
     sliding_window: bool
     bootstrap: int = Field(ge=1)
+
+    @model_validator(mode="after")
+    def _no_scale_counts_twice(self) -> EvaluateSettings:
+        if len(set(self.scales)) < len(self.scales):
+            raise ValueError(f"scales: {self.scales} names one twice; each counts once")
+        return self
 
 
 class Settings(Section):
@@ -140,8 +140,6 @@ class Settings(Section):
              "train.encoder_lr_scale: encoder.trainable_blocks is 0, so nothing of the encoder is trained"),
             (train.layer_decay != 1 and encoder.trainable_blocks in (0, 1),
              f"train.layer_decay: {encoder.trainable_blocks} encoder blocks are trained; it needs at least 2"),
-            (encoder.pretrained and encoder.checkpoint is not None,
-             "encoder.pretrained: encoder.checkpoint takes precedence"),
             (decoder.type == "linear" and (decoder.norm != "batch" or bool(decoder.skip_connections)),
              "decoder.norm, decoder.skip_connections: decoder.type is linear, which has neither"),
             (train.class_weights != "none" and train.cross_entropy == 0,
@@ -178,32 +176,39 @@ def load_settings(path: Path = PARAMS_FILE, overrides: Mapping[str, Any] | None 
     try:
         return Settings.model_validate(values)
     except ValidationError as error:
-        lines = [_explain(item) for item in error.errors()]
-        raise PipelineError("\n".join([f"{path}: refused", *(f"  {line}" for line in lines)])) from None
+        reasons: dict[str, list[str]] = {}  # a value that may be of two types has one for each
+        for item in error.errors():
+            key, reason = _explain(item)
+            reasons.setdefault(key, []).append(reason)
+        lines = [f"  {key}: " * bool(key) + "; or: ".join(listed) for key, listed in reasons.items()]
+        raise PipelineError("\n".join([f"{path}: refused", *lines])) from None
 
 
-def _explain(item: Any) -> str:
-    """One refusal of pydantic's as a line: key, value, and the nearest valid one."""
-    location = [str(part) for part in item["loc"]]
+def _explain(item: Any) -> tuple[str, str]:
+    """The key of one refusal of pydantic's, and why: the value, and the nearest valid one."""
+    # without pydantic's names for the members of a union
+    location = [
+        str(part) for part in item["loc"] if not re.match(r"constrained-|literal\[|list\[|float$|int$", str(part))
+    ]
     key, value, context = ".".join(location), item["input"], item.get("ctx", {})
     if item["type"] == "extra_forbidden":
         section = Settings if len(location) == 1 else _section(location[0])
         known = [field.alias or name for name, field in section.model_fields.items()]
         near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.0)
-        return f"{key}: unknown key (value {value!r}); did you mean {'.'.join([*location[:-1], near[0]])}?"
+        return key, f"unknown key (value {value!r}); did you mean {'.'.join([*location[:-1], near[0]])}?"
     if item["type"] == "missing":
-        return f"{key}: missing; the default is in the repository's params.yaml"
+        return key, "missing; the default is in the repository's params.yaml"
     if item["type"] == "literal_error":
         choices = re.findall(r"'([^']+)'", context["expected"])
         near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.0)
-        return f"{key}: {value!r} is not one of {', '.join(choices)}; the nearest is {near[0]}"
+        return key, f"{value!r} is not one of {', '.join(choices)}; the nearest is {near[0]}"
     bounds = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
     for name, words in bounds.items():
         if name in context:
-            return f"{key}: {value!r} is out of range; it must be {words} {context[name]}"
+            return key, f"{value!r} is out of range; it must be {words} {context[name]}"
     if item["type"] == "value_error":
-        return f"{key}: {context['error']}" if key else str(context["error"])
-    return f"{key}: {value!r} is refused: {item['msg']}" + _nearest_of_type(item["type"], value)
+        return key, str(context["error"])
+    return key, f"{value!r} is refused: {item['msg']}" + _nearest_of_type(item["type"], value)
 
 
 def _section(name: str) -> type[BaseModel]:

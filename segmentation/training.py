@@ -43,6 +43,7 @@ KEPT_CHECKPOINT_FOLDERS = 5
 CODE = (
     "data", "decoder", "encoder", "images", "losses", "metrics", "model", "optimisation", "training", "voc",
 )  # fmt: skip
+PACKAGES = ("lightning", "pillow", "segmentation-models-pytorch", "timm", "torch", "torchvision")
 PANEL_PHOTOS = 4
 
 Batch = tuple[Tensor, Tensor, tuple[str, ...]]
@@ -129,6 +130,7 @@ class TrainingTask(L.LightningModule):
         self.losses = [(weight, function) for weight, function in terms if weight]
         self.averaged = AveragedWeights(self._trained_state(), settings.ema_decay) if settings.ema_decay else None
         self._averaged_step = 0
+        self._lr = 0.0
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Any] = {"miou": -1.0, "epoch": 0, "state": {}}
         self._losses: list[Tensor] = []
@@ -136,6 +138,7 @@ class TrainingTask(L.LightningModule):
 
     def training_step(self, batch: Batch, _: int) -> Tensor:
         images, masks, ids = batch
+        self._lr = self.trainer.optimizers[0].param_groups[0]["lr"]  # after the step it is that of the next one
         logits = self.model(images)
         loss = torch.stack([weight * function(logits, masks) for weight, function in self.losses]).sum()
         if not torch.isfinite(loss):
@@ -180,7 +183,7 @@ class TrainingTask(L.LightningModule):
             "val_accuracy": pixel_accuracy(confusions.sum(0)),
             "val_report_miou": report_miou(confusions),
             "val_miou": miou(confusions.sum(0)),
-            "lr": self.trainer.optimizers[0].param_groups[0]["lr"],
+            "lr": self._lr,
         }
         self._losses.clear()
         self._confusions.clear()
@@ -396,7 +399,7 @@ def _forget_old(current: Path) -> None:
 def _key(settings: Settings, card: ModelCard, processed: Path) -> str:
     """Hash of everything that the trained weights depend on."""
     code = {name: sha256_file(Path(__file__).with_name(f"{name}.py")) for name in CODE}
-    packages = {name: version(name) for name in ("torch", "timm", "lightning")}
+    packages = {name: version(name) for name in PACKAGES}
     return sha256_json(
         {
             "card": card.model_dump(),

@@ -10,7 +10,7 @@ def main(settings: Settings) -> None:
     if settings.fetch.source != "sample":  # before a long download or copy
         from segmentation.encoder import check_encoder
 
-        check_encoder(settings.encoder, settings.preprocess.image_size)
+        check_encoder(settings.encoder, settings.preprocess.image_size, settings.decoder.skip_connections)
     fetch(settings.fetch)
 
 

@@ -25,6 +25,7 @@ TINY = {
     "decoder.channels": [16, 16, 8, 8],
     "train.epochs": 2,
     "train.workers": 0,
+    "evaluate.flip": True,
 }
 
 

@@ -20,7 +20,7 @@ from flows.register import register
 from flows.train import train
 from segmentation.errors import PipelineError
 from segmentation.images import read_mask
-from segmentation.predictor import Predictor
+from segmentation.predictor import Augmentation, Predictor
 from segmentation.registry import connect, end_run, start_run
 from segmentation.sample import draw_sample
 from segmentation.voc import VocFolder
@@ -352,8 +352,9 @@ def test_the_registered_model_predicts_the_evaluated_masks_with_its_own_requirem
     subprocess.run(command, cwd=tmp_path, env=env, check=True)
     predicted = read_mask(tmp_path / "mask.png")
     assert predicted.shape[::-1] == Image.open(photo).size
-    wanted = Predictor.load(Path(trained[1]["folder"]) / "models").mask(Image.open(photo))
-    assert np.array_equal(predicted, wanted)
+    files = Path(trained[1]["folder"]) / "models"
+    assert np.array_equal(predicted, Predictor.load(files, Augmentation(flip=True)).mask(Image.open(photo)))
+    assert not np.array_equal(predicted, Predictor.load(files).mask(Image.open(photo)))
 
 
 def test_no_code_of_the_registered_model_is_pickled(checkout):

@@ -83,4 +83,5 @@ def test_what_happens_depends_on_seed_and_epoch_alone(tmp_path, make_raw):
 def test_class_pixels_are_those_of_the_split(tmp_path, make_raw):
     whole = pairs(tmp_path, make_raw, 0.0, None, 0.0)
     counts = class_pixels(tmp_path / "processed/manifest.parquet", "train")
-    assert counts.tolist() == [sum(int((mask == label).sum()) for _, mask in whole.values()) for label in range(3)]
+    ids = split_ids(tmp_path / "processed/manifest.parquet", "train")
+    assert counts.tolist() == [[int((whole[name][1] == label).sum()) for label in range(3)] for name in ids]

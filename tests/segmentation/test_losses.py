@@ -150,5 +150,7 @@ def test_class_weights_equal_torchs_weighted_mean():
 
 
 def test_median_frequency_weights_by_hand():
-    weights = median_frequency_weights(torch.tensor([800, 100, 0, 50]))
-    assert weights.tolist() == [0.125, 1.0, 0.0, 2.0]
+    """Class 0 and 3 are in both photos, 1 in the first alone, 2 in none."""
+    weights = median_frequency_weights(torch.tensor([[500, 400, 0, 100], [1100, 0, 0, 100]]))
+    frequency = [1600 / 2200, 400 / 1000, 200 / 2200]
+    assert weights.tolist() == pytest.approx([0.4 / frequency[0], 1.0, 0.0, 0.4 / frequency[2]])

@@ -243,6 +243,11 @@ def test_pretrained_weights_that_cannot_be_had_are_an_error_with_remedies(monkey
         load_weights(Encoder(SMALL, 56, 1), True, None)
 
 
+def test_what_timm_refuses_is_one_message():
+    with pytest.raises(PipelineError, match=r"encoder\.name: timm cannot build .*Invalid pretrained tag"):
+        Encoder("vit_base_patch14_dinov2.lvd142", 56, 1)
+
+
 def test_an_unknown_encoder_names_the_nearest():
     with pytest.raises(PipelineError, match="vit_base_patch14_dinov2"):
         Encoder("vit_base_patch14_dino2", 56, 1)
