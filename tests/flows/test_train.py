@@ -48,6 +48,17 @@ def stage_processes(checkout: Path) -> list[psutil.Process]:
     return found
 
 
+def temporary_servers(checkout: Path) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if "prefect.server" in " ".join(process.cmdline()) and process.cwd() == str(checkout):
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
+
+
 def start(checkout: Path, until: str, **overrides) -> subprocess.Popen:
     """Start `python -m flows.train` and return it once `until` is in its output."""
     options = [f"--set={key}={json.dumps(value)}" for key, value in (TINY | overrides).items()]
@@ -279,12 +290,13 @@ def test_killed_in_an_epoch_nothing_is_left_behind_and_the_next_run_goes_on(chec
     count = len(versions())
     changes = {"train.epochs": 40, "train.lr": 0.0003}
     flow = start(checkout, "epoch 2/40", **changes)
+    assert temporary_servers(checkout)
     flow.send_signal(signal.SIGKILL)
     flow.wait()
     deadline = time.monotonic() + 15
-    while stage_processes(checkout) and time.monotonic() < deadline:
+    while stage_processes(checkout) + temporary_servers(checkout) and time.monotonic() < deadline:
         time.sleep(0.2)
-    assert stage_processes(checkout) == []
+    assert stage_processes(checkout) == temporary_servers(checkout) == []
     result = train(TINY | changes)
     assert "going on from the last finished epoch" in caplog.text
     assert "epoch 2/40" not in caplog.text
