@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,22 +76,22 @@ class EpochSampler(DistributedSampler[Any]):
 
 
 def augmentation(
-    image_size: int, horizontal_flip: float, scale: tuple[float, float] | None, colour_jitter: float
+    image_size: int, horizontal_flip: float, scale: Sequence[float] | None, colour_jitter: float
 ) -> v2.Transform | None:
     """Random changes of an image and its mask together, or None where nothing would change.
 
     Args:
         image_size: S; both keep it.
         horizontal_flip: probability of mirroring.
-        scale: range of a random size; then S × S is cropped at random, and what is missing is padded: the image with
-            black, the mask with void.
+        scale: smallest and largest random size, as shares of S; then S × S is cropped at random, and what is missing is
+            padded: the image with black, the mask with void.
         colour_jitter: strength of random brightness, contrast and saturation; hue moves a quarter of it.
     """
     steps: list[v2.Transform] = []
     if scale is not None:
         fill = {tv_tensors.Image: 0, tv_tensors.Mask: VOID}
         steps += [
-            v2.ScaleJitter((image_size, image_size), scale, antialias=True),
+            v2.ScaleJitter((image_size, image_size), tuple(scale), antialias=True),
             v2.RandomCrop(image_size, pad_if_needed=True, fill=fill),
         ]
     if horizontal_flip:

@@ -104,7 +104,7 @@ def evaluate(models: Path, raw: Path, manifest: Path, reports: Path, settings: E
             confusion_training_size=small.numpy().astype(np.uint32),
         )
 
-    ranked = per_image.dropna().sort_values("miou", kind="stable")
+    ranked = rank(per_image)
     for name, rows in (
         ("panels", per_image.head(settings.panels)),
         ("worst", ranked.head(WORST)),
@@ -118,6 +118,11 @@ def evaluate(models: Path, raw: Path, manifest: Path, reports: Path, settings: E
         f"evaluate: {len(ids)} photos, mIoU {metrics['miou']:.4f} (95 % interval {metrics['miou_low']:.4f} to "
         f"{metrics['miou_high']:.4f}), {seconds:.2f} s a photo"
     )
+
+
+def rank(per_image: pd.DataFrame) -> pd.DataFrame:
+    """The scored rows of `per_image.csv`, worst first; to its six decimals, so that whoever reads it ranks the same."""
+    return per_image.dropna().round({"miou": 6}).sort_values("miou", kind="stable")
 
 
 def _score(predictor: Predictor, photo: Image.Image, truth: Pixels) -> tuple[Tensor, Tensor, Tensor, Tensor]:

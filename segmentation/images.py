@@ -50,9 +50,9 @@ def read_mask(source: Path | bytes) -> Pixels:
     return np.asarray(image)
 
 
-def resize_photo(photo: Image.Image, size: int) -> Image.Image:
-    """Resize (not crop) to `size` × `size`, antialiased bilinear."""
-    return photo.resize((size, size), Image.Resampling.BILINEAR)
+def resize_photo(photo: Image.Image, height: int, width: int) -> Image.Image:
+    """Resize (not crop) to `height` × `width`, antialiased bilinear."""
+    return photo.resize((width, height), Image.Resampling.BILINEAR)
 
 
 def resize_mask(mask: Pixels, size: int) -> Pixels:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from segmentation import model as model_files
 from segmentation.decoder import upsample
-from segmentation.images import Pixels
+from segmentation.images import Pixels, resize_photo
 from segmentation.model import ModelCard, Segmenter
 
 
@@ -85,9 +85,8 @@ class Predictor:
 
     def _view(self, photo: Image.Image, scale: float, mirrored: bool) -> Tensor:
         """Logits `[C, h, w]` of the photo at one scale, turned back where it was mirrored."""
-        height, width = self._size(photo, scale)
-        resized = photo.resize((width, height), Image.Resampling.BILINEAR)  # `images.resize_photo` for any two sides
-        pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1).to(self.device)
+        resized = np.array(resize_photo(photo, *self._size(photo, scale)))
+        pixels = torch.from_numpy(resized).permute(2, 0, 1).to(self.device)
         if mirrored:
             return self._forward(pixels.flip(-1)).flip(-1)
         return self._forward(pixels)

@@ -121,7 +121,7 @@ def _process(raw: Path, processed: Path, size: int, classes: int, identifier: st
     try:
         photo, pair.photo_format = read_photo(folder.photo(identifier))
         pair.photo_width, pair.photo_height = photo.size
-        photo = resize_photo(photo, size)
+        photo = resize_photo(photo, size, size)
         pair.image_sha256 = hashlib.sha256(photo.tobytes()).hexdigest()
         with atomic_path(processed / "images" / f"{identifier}.png") as temporary:
             photo.save(temporary, compress_level=1)

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from segmentation.errors import PipelineError
+from segmentation.evaluation import WORST, rank
 from segmentation.figures import draw_curves
 from segmentation.files import atomic_path
 from segmentation.images import Pixels, mask_image, read_mask, read_photo, resize_mask, resize_photo
@@ -39,7 +40,6 @@ REPORT_EPOCHS = pd.DataFrame(
 )
 REPORT_MIOU, REPORT_CEILING = 0.1373, 0.1806  # its last epoch, and what a perfect model has on the official VOC val
 CONFUSED_PAIRS = 5
-WORST_PHOTOS = 10
 SHOWN_CLASSES = 6
 NBSP = "\N{NO-BREAK SPACE}"
 PACKAGES = ("torch", "torchvision", "timm")
@@ -116,7 +116,7 @@ def write_report(
         confused=_most_confused(confusion, card["classes"]),
         confidence=(reliability["confidence"] * reliability["pixels"]).sum() / pixels,
         accuracy=(reliability["accuracy"] * reliability["pixels"]).sum() / pixels,
-        worst=_records(per_image.dropna().sort_values("miou", kind="stable").head(WORST_PHOTOS)),
+        worst=_records(rank(per_image).head(WORST)),
         pictures={name: _picture(_found(evaluation / f"{name}.png").read_bytes()) for name in names},
         panel_rows=panels,
         panel_epochs=epochs,
@@ -182,7 +182,7 @@ def _training_panels(
         ]
         size = next(len(mask) for mask in predictions if mask is not None)
         truth = resize_mask(read_mask(_found(folder.mask(identifier))), size)
-        photo, encoded = resize_photo(read_photo(_found(folder.photo(identifier)))[0], size), io.BytesIO()
+        photo, encoded = resize_photo(read_photo(_found(folder.photo(identifier)))[0], size, size), io.BytesIO()
         photo.save(encoded, "JPEG", quality=85)
         for mask in (truth, *predictions):
             labels |= set() if mask is None else set(np.unique(mask).tolist())

@@ -224,17 +224,14 @@ class TrainingTask(L.LightningModule):
 def _fit(task: TrainingTask, settings: Settings, processed: Path, folder: Path) -> None:
     """Fit from the folder's last checkpoint, or from the start."""
     manifest = processed / "manifest.parquet"
-    chosen, scale = settings.train, settings.train.scale
-    changes = augmentation(
-        settings.preprocess.image_size, chosen.horizontal_flip, (scale[0], scale[1]) if scale else None,
-        chosen.colour_jitter,
-    )  # fmt: skip
+    chosen, size = settings.train, settings.preprocess.image_size
+    changes = augmentation(size, chosen.horizontal_flip, chosen.scale, chosen.colour_jitter)
     train_set = PairDataset(processed, split_ids(manifest, "train"), changes)
     val_set = PairDataset(processed, split_ids(manifest, "val"))
     options: dict[str, Any] = {
-        "batch_size": settings.train.batch_size,
-        "num_workers": settings.train.workers,
-        "persistent_workers": settings.train.workers > 0,
+        "batch_size": chosen.batch_size,
+        "num_workers": chosen.workers,
+        "persistent_workers": chosen.workers > 0,
     }
     cuda = torch.cuda.is_available()
     last = folder / "last.ckpt"

@@ -37,26 +37,24 @@ def aliases() -> dict[str, str]:
     return {alias: str(version) for alias, version in connect().get_registered_model(MODEL).aliases.items()}
 
 
-def stage_processes(checkout: Path) -> list[psutil.Process]:
+def processes(checkout: Path, words: str) -> list[psutil.Process]:
+    """Those that run in the checkout and have `words` in their command line."""
     found = []
     for process in psutil.process_iter():
         try:
-            if process.is_running() and "stages." in " ".join(process.cmdline()) and str(checkout) in process.cwd():
+            if process.is_running() and words in " ".join(process.cmdline()) and str(checkout) in process.cwd():
                 found.append(process)
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
     return found
+
+
+def stage_processes(checkout: Path) -> list[psutil.Process]:
+    return processes(checkout, "stages.")
 
 
 def temporary_servers(checkout: Path) -> list[psutil.Process]:
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if "prefect.server" in " ".join(process.cmdline()) and process.cwd() == str(checkout):
-                found.append(process)
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            continue
-    return found
+    return processes(checkout, "prefect.server")
 
 
 def start(checkout: Path, until: str, **overrides) -> subprocess.Popen:

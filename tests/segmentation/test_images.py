@@ -61,7 +61,7 @@ def test_a_mask_that_would_be_read_as_other_labels_is_refused():
 def test_photo_resizing_equals_torchvision_antialiased():
     photo = noise(137, 211)
     reference = tv.resize(tv.pil_to_tensor(photo), [70, 70], antialias=True)
-    ours = tv.pil_to_tensor(resize_photo(photo, 70))
+    ours = tv.pil_to_tensor(resize_photo(photo, 70, 70))
     assert (ours.int() - reference.int()).abs().max() <= 1
 
 

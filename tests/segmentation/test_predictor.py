@@ -67,7 +67,7 @@ def test_of_equal_classes_the_first_is_taken():
 
 def test_without_augmentation_the_logits_are_the_models_of_the_squeezed_photo_bit_for_bit(plain):
     photo = picture(91, 64)
-    pixels = torch.from_numpy(np.array(resize_photo(photo, 56))).permute(2, 0, 1)[None]
+    pixels = torch.from_numpy(np.array(resize_photo(photo, 56, 56))).permute(2, 0, 1)[None]
     with torch.inference_mode():
         assert torch.equal(plain.logits(photo), plain.model(pixels)[0].float())
 
@@ -127,7 +127,7 @@ def test_scales_are_the_mean_of_the_sizes_in_whole_patches(plain):
     parts = []
     with torch.inference_mode():
         for side in sizes:
-            pixels = torch.from_numpy(np.array(resize_photo(photo, side))).permute(2, 0, 1)[None]
+            pixels = torch.from_numpy(np.array(resize_photo(photo, side, side))).permute(2, 0, 1)[None]
             parts.append(F.interpolate(plain.model(pixels), (56, 56), mode="bilinear", align_corners=False)[0])
     scaled = replace(plain, augmentation=Augmentation(scales=(0.7, 1.0, 1.3)))  # 39 and 73 pixels are no whole patches
     torch.testing.assert_close(scaled.logits(photo), torch.stack(parts).mean(0))
