@@ -13,10 +13,10 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks.side_by_side import PARAMS, SUBSET
 from segmentation.errors import PipelineError
 from segmentation.settings import load_settings
 
-SUBSET = Path(__file__).resolve().parents[2] / "shared" / "voc2012-subset" / "VOCdevkit" / "VOC2012"
 PAIRS = 8
 OVERRIDES = {
     "fetch.source": "directory", "fetch.limit": PAIRS, "preprocess.image_size": 224,
@@ -49,6 +49,7 @@ def overfit(voc: Path, epochs: int, result: Path | None, curve: Path | None) -> 
     import pandas as pd
 
     from segmentation.evaluation import evaluate
+    from segmentation.features import encode
     from segmentation.fetch import fetch
     from segmentation.figures import draw_curves
     from segmentation.files import write_json
@@ -56,20 +57,21 @@ def overfit(voc: Path, epochs: int, result: Path | None, curve: Path | None) -> 
     from segmentation.training import train
     from segmentation.voc import VocFolder
 
-    params = Path(__file__).resolve().parents[1] / "params.yaml"
-    settings = load_settings(params, OVERRIDES | {"fetch.directory": str(voc), "train.epochs": epochs})
+    settings = load_settings(PARAMS, OVERRIDES | {"fetch.directory": str(voc), "train.epochs": epochs})
     result, curve = (path.resolve() if path else None for path in (result, curve))
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
-        raw, processed, models, reports = Path("raw"), Path("processed"), Path("models"), Path("reports")
+        raw, processed, features = Path("raw"), Path("processed"), Path("features")
+        models, reports = Path("models"), Path("reports")
         fetch(settings.fetch, raw)
         lists = VocFolder(raw)
         lists.split_file("val").write_bytes(lists.split_file("train").read_bytes())
         preprocess(raw, processed, settings.preprocess.image_size)
         started = time.monotonic()
-        train(settings, processed, lists.classes(), models, reports, Path("scratch"))
+        encode(settings, processed, features, Path("scratch"))
+        train(settings, processed, features, lists.classes(), models, reports, Path("scratch"))
         seconds = time.monotonic() - started
-        evaluate(models, raw, processed / "manifest.parquet", reports, settings.evaluate)
+        evaluate(models, raw, features, processed / "manifest.parquet", reports, settings.evaluate)
         scores = json.loads((reports / "metrics.json").read_text(encoding="utf-8"))
         history = pd.read_csv(reports / "history.csv")
         if curve:

@@ -195,10 +195,10 @@ def _check_lock(revision: Revision, lock: dict[str, Any], params: dict[str, Any]
     """Whether the results that `dvc.lock` names are those of the revision's parameters and code."""
     stages = lock["stages"].values()
     stale = {
-        f"params.yaml: {section}"
+        f"params.yaml: {key}"  # a section, or one key of it with a dot
         for stage in stages
-        for section, values in stage.get("params", {}).get("params.yaml", {}).items()
-        if params.get(section) != values
+        for key, value in stage.get("params", {}).get("params.yaml", {}).items()
+        if _value(params, key) != value
     }
     # stages share modules: each is asked for once
     code = {(dep["path"], dep["md5"]) for stage in stages for dep in stage["deps"] if dep["path"].endswith(".py")}
@@ -211,6 +211,11 @@ def _check_lock(revision: Revision, lock: dict[str, Any], params: dict[str, Any]
             f"dvc.lock of {revision.name} is of another {', '.join(sorted(stale))}; "
             "run `dvc repro`, commit, and register that"
         )
+
+
+def _value(params: dict[str, Any], key: str) -> Any:
+    section, _, name = key.partition(".")
+    return params.get(section, {}).get(name) if name else params.get(section)
 
 
 def _check_identity() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,15 +49,45 @@ class PairDataset(Dataset[tuple[Tensor, Tensor, str]]):
     def __getitem__(self, index: int | tuple[int, int]) -> tuple[Tensor, Tensor, str]:
         position, seed = index if isinstance(index, tuple) else (index, 0)
         identifier = self.ids[position]
-        pixels = np.array(Image.open(self.processed / "images" / f"{identifier}.png"))
+        image = self._image(identifier)
         labels = np.array(Image.open(self.processed / "masks" / f"{identifier}.png"))
-        image, mask = torch.from_numpy(pixels).permute(2, 0, 1), torch.from_numpy(labels)
+        mask = torch.from_numpy(labels)
         if self.augmentation is not None:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 image, mask = self.augmentation(tv_tensors.Image(image), tv_tensors.Mask(mask))
             image, mask = image.as_subclass(Tensor), mask.as_subclass(Tensor)
         return image, mask, identifier
+
+    def _image(self, identifier: str) -> Tensor:
+        pixels = np.array(Image.open(self.processed / "images" / f"{identifier}.png"))
+        return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+class FeaturePairs(PairDataset):
+    """As `PairDataset`, but with the kept tokens `[K, P + N, D]` float16 of the photo in the place of its pixels.
+
+    Args:
+        processed: the folder of the masks.
+        ids: those of `split`, in list order.
+        augmentation: nothing but mirroring.
+        tokens: gives those of a position, mirrored or not.
+    """
+
+    def __init__(
+        self, processed: Path, ids: list[str], augmentation: v2.Transform | None, tokens: Callable[[int, bool], Tensor]
+    ) -> None:
+        super().__init__(processed, ids, augmentation)
+        self.tokens = tokens
+
+    def _image(self, identifier: str) -> Tensor:
+        # Two pixels go through the augmentation with the mask; where they end tells whether it mirrored.
+        return torch.tensor([[[0, 1]]], dtype=torch.uint8).expand(3, 1, 2)
+
+    def __getitem__(self, index: int | tuple[int, int]) -> tuple[Tensor, Tensor, str]:
+        image, mask, identifier = super().__getitem__(index)
+        position = index[0] if isinstance(index, tuple) else index
+        return self.tokens(position, bool(image[0, 0, 0])), mask, identifier
 
 
 class EpochSampler(DistributedSampler[Any]):

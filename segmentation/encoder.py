@@ -29,7 +29,8 @@ class Encoder(nn.Module):
     """ViT: images `[B, 3, H, W]`, normalised, to token grids `[B, D, H/patch, W/patch]`.
 
     The patch embedding, all blocks but the last `trainable_blocks` and the final norm are frozen: they take no
-    gradient and stay in eval mode. Sides other than `image_size` are taken too; position embeddings are resampled.
+    gradient and stay in eval mode. `frozen` and `trained` are the two parts; what lies between may be kept. Sides other
+    than `image_size` are taken too; position embeddings are resampled.
 
     Args:
         name: a timm model name.
@@ -40,6 +41,9 @@ class Encoder(nn.Module):
     Raises:
         PipelineError: unknown name, no plain ViT, a size that the patch does not divide, or blocks that it has not.
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(
         self, name: str, image_size: int, trainable_blocks: int | Literal["all"], skip_blocks: Sequence[int] = ()
@@ -62,16 +66,14 @@ class Encoder(nn.Module):
         self.first_trainable = -1 if trainable_blocks == "all" else depth - trainable_blocks
         self.requires_grad_(False)
         self.trainable.requires_grad_(True)
+        for name in ("mean", "std"):
+            values = torch.tensor(self.vit.pretrained_cfg[name]).view(3, 1, 1) * 255
+            self.register_buffer(name, values, persistent=False)
 
     @property
     def trainable(self) -> nn.Module:
         """What is trained: the last blocks, or everything."""
         return self.vit if self.first_trainable < 0 else self.vit.blocks[self.first_trainable :]
-
-    @property
-    def mean_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Channel mean and standard deviation that the weights expect, for values in [0, 1]."""
-        return self.vit.pretrained_cfg["mean"], self.vit.pretrained_cfg["std"]
 
     def train(self, mode: bool = True) -> Encoder:
         super().train(mode)
@@ -79,27 +81,70 @@ class Encoder(nn.Module):
         self.trainable.train(mode)
         return self
 
+    @property
+    def cached_blocks(self) -> tuple[int, ...]:
+        """The frozen blocks whose tokens the trained part takes: the last one, then those of skip connections."""
+        return (self.first_trainable - 1, *(block for block in self.skip_blocks if block < self.first_trainable))
+
     def forward(self, images: Tensor) -> list[Tensor]:
         """The last block's grid, then those of `skip_blocks` in their order, each after the final norm."""
-        vit, taken = self.vit, {}
-        grid = [side // self.patch for side in images.shape[-2:]]
-        tokens, rope = self._embed(images)
-        for index, block in enumerate(vit.blocks):
-            if rope is None:
-                tokens = block(tokens)
-            else:  # DINOv3 and others rotate by position inside each block
-                tokens = block(tokens, rope=rope[index] if getattr(vit, "rope_mixed", False) else rope)
-            if index in self.skip_blocks:
+        return self.trained(self.frozen(images), self.grid(images.shape[-2:]))
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Photos `[B, 3, H, W]` uint8 RGB with the channel mean and deviation that the weights expect, float32."""
+        return (images - self.mean) / self.std
+
+    def grid(self, size: Sequence[int]) -> tuple[int, int]:
+        """Height and width in patches of `size`, height and width in pixels."""
+        return size[0] // self.patch, size[1] // self.patch
+
+    def frozen(self, images: Tensor) -> Tensor:
+        """What the frozen part makes of images `[B, 3, H, W]`: tokens `[B, K, P + N, D]` of the K `cached_blocks`.
+
+        P prefix tokens come first. Values are rounded to float16 (and kept in the images' type), so that the rest of
+        the model sees the same whether they were computed just now or read from `data/features`.
+        """
+        wanted = self.cached_blocks
+        taken = {-1: self._embed(images)}
+        tokens, rope = taken[-1], self._rope(self.grid(images.shape[-2:]))
+        for index in range(max(0, self.first_trainable)):
+            tokens = self._block(index, tokens, rope)
+            if index in wanted:
                 taken[index] = tokens
-        chosen = [tokens, *(taken[index] for index in self.skip_blocks)]
+        if self.first_trainable < 0:  # nothing is frozen, nothing is rounded
+            return tokens[:, None]
+        limit = torch.finfo(torch.float16).max
+        stacked = torch.stack([taken[index] for index in wanted], dim=1)
+        return stacked.clamp(-limit, limit).half().to(stacked.dtype)
+
+    def trained(self, tokens: Tensor, grid: tuple[int, int]) -> list[Tensor]:
+        """The grids of `forward` from the tokens of `frozen`; `grid` is their height and width in patches."""
+        vit, rope = self.vit, self._rope(grid)
+        current, *skips = tokens.unbind(1)
+        taken = dict(zip(self.cached_blocks[1:], skips, strict=True))
+        for index in range(max(0, self.first_trainable), len(vit.blocks)):
+            current = self._block(index, current, rope)
+            taken[index] = current
+        chosen = [current, *(taken[index] for index in self.skip_blocks)]
         return [vit.norm(t)[:, vit.num_prefix_tokens :].transpose(1, 2).unflatten(2, grid) for t in chosen]
 
-    def _embed(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Tokens `[B, P + N, D]`, P prefix tokens first, and the rotary embedding where the model has one."""
+    def _block(self, index: int, tokens: Tensor, rope: Tensor | None) -> Tensor:
+        block = self.vit.blocks[index]
+        if rope is None:
+            return block(tokens)
+        # DINOv3 and others rotate by position inside each block
+        return block(tokens, rope=rope[index] if getattr(self.vit, "rope_mixed", False) else rope)
+
+    def _rope(self, grid: tuple[int, int]) -> Tensor | None:
+        """The rotary position embedding, where the model has one."""
+        rope = getattr(self.vit, "rope", None)
+        return None if rope is None else rope.get_embed(shape=grid)
+
+    def _embed(self, images: Tensor) -> Tensor:
+        """Tokens `[B, P + N, D]`, P prefix tokens first."""
         vit = self.vit
         embedded = vit._pos_embed(vit.patch_embed(images))
-        tokens, rope = embedded if isinstance(embedded, tuple) else (vit.patch_drop(embedded), None)
-        return vit.norm_pre(tokens), rope
+        return vit.norm_pre(embedded[0] if isinstance(embedded, tuple) else vit.patch_drop(embedded))
 
 
 def checkpoint_path(settings: EncoderSettings) -> Path | None:

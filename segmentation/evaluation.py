@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -19,6 +18,7 @@ from segmentation.calibration import calibration_error, reliability_counts, reli
 from segmentation.data import split_ids
 from segmentation.decoder import upsample
 from segmentation.errors import PipelineError
+from segmentation.features import open_features
 from segmentation.figures import Drawn, draw_confusion, draw_panels, draw_per_class, draw_reliability
 from segmentation.files import atomic_path, write_json
 from segmentation.images import Pixels, read_mask, read_photo, resize_mask
@@ -38,7 +38,9 @@ from segmentation.voc import VocFolder
 WORST, BEST = 10, 3
 
 
-def evaluate(models: Path, raw: Path, manifest: Path, reports: Path, settings: EvaluateSettings) -> None:
+def evaluate(
+    models: Path, raw: Path, features: Path, manifest: Path, reports: Path, settings: EvaluateSettings
+) -> None:
     """Predict every val photo and write the scores.
 
     Tables: `metrics.json` (headline numbers at the photo's own size; those at training size, and the report's, beside
@@ -53,6 +55,7 @@ def evaluate(models: Path, raw: Path, manifest: Path, reports: Path, settings: E
     Args:
         models: the folder of the model's two files.
         raw: photos and masks at their own size, VOC layout.
+        features: `data/features`; kept tokens save the frozen blocks, where nothing is averaged at test time.
         manifest: `manifest.parquet`; its val rows are scored in list order.
         reports: the output folder.
         settings: the section `evaluate` of `params.yaml`.
@@ -62,11 +65,18 @@ def evaluate(models: Path, raw: Path, manifest: Path, reports: Path, settings: E
     """
     predictor = Predictor.load(models, Augmentation(settings.flip, tuple(settings.scales), settings.sliding_window))
     folder, classes, ids = VocFolder(raw), predictor.card.classes, split_ids(manifest, "val")
+    kept = None
+    if predictor.augmentation == Augmentation():
+        kept = open_features(features, predictor.model.encoder, predictor.card.image_size, manifest)
     started, sizes, scored = time.perf_counter(), [], []
-    for identifier in tqdm(ids, desc="evaluate", unit="photo", disable=None):
-        photo, _ = read_photo(folder.photo(identifier))
-        sizes.append(photo.size)
-        scored.append(_score(predictor, photo, read_mask(folder.mask(identifier))))
+    for position, identifier in enumerate(tqdm(ids, desc="evaluate", unit="photo", disable=None)):
+        truth = read_mask(folder.mask(identifier))
+        sizes.append(truth.shape[::-1])
+        if kept is None:
+            logits = predictor.logits(read_photo(folder.photo(identifier))[0])
+        else:
+            logits = predictor.logits_of(kept.tokens("val", position))
+        scored.append(_score(logits, truth, predictor.card.image_size))
     seconds = (time.perf_counter() - started) / len(ids)
     confusions, small, border, reliability = (torch.stack(counts) for counts in zip(*scored, strict=True))
     if not confusions.any():
@@ -125,10 +135,9 @@ def rank(per_image: pd.DataFrame) -> pd.DataFrame:
     return per_image.dropna().round({"miou": 6}).sort_values("miou", kind="stable")
 
 
-def _score(predictor: Predictor, photo: Image.Image, truth: Pixels) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _score(logits: Tensor, truth: Pixels, side: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One photo's confusion `[C, C]` at its own and at training size, border `[2, C]` and reliability `[3, BINS]`."""
-    side, classes = predictor.card.image_size, len(predictor.card.classes)
-    logits = predictor.logits(photo)
+    classes = len(logits)
     prediction = mask_at(logits, *truth.shape)
     small, small_truth = upsample(logits[None], (side, side))[0], resize_mask(truth, side)
     return (

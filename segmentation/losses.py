@@ -11,29 +11,49 @@ from torch.nn import functional as F
 
 from segmentation.voc import VOID
 
+BINS = 4096  # of the Lovász loss's errors
+
 
 def lovasz_softmax(logits: Tensor, mask: Tensor) -> Tensor:
     """Lovász-Softmax over the classes present in the batch (Berman et al. 2018, algorithm 1 and equation 12).
 
-    Equal to segmentation-models-pytorch's `LovaszLoss("multiclass", ignore_index=255)`, but for a batch that is all
-    void, where that one has no gradient.
+    It is the errors times weights held constant, a class's weights being what sorted errors add to its Jaccard loss one
+    after the other. Instead of sorting, errors are counted in `BINS` bins. A bin adds ((S − f̄) n + (S + b̄) m) /
+    ((S + b) (S + b + n)) exactly, with S the class's foreground, n background and m foreground pixels in the bin, b
+    background pixels of larger error, f̄ and b̄ foreground and background pixels of larger error and half the bin's own;
+    so each of its pixels gets (S − f̄) or (S + b̄) over the denominator. Only the order within a bin is lost: a class's
+    loss is off by less than 1 / `BINS`, in practice by 1e-5 of its value.
 
     Returns:
         A scalar, float32.
     """
-    valid = mask != VOID
-    labels = mask[valid]
-    probabilities = logits.float().softmax(1).movedim(1, 0)[:, valid]
-    present = labels.unique().tolist()
-    if not present:
+    present = torch.bincount(mask.flatten(), minlength=VOID + 1)[:VOID].nonzero()[:, 0]
+    if not len(present):
         return _nothing(logits)
-    losses = []
-    for label in present:
-        foreground = labels == label
-        errors = (foreground.float() - probabilities[label]).abs()
-        errors, order = errors.sort(descending=True)
-        losses.append(torch.dot(errors, _jaccard_gradient(foreground[order].float())))
-    return torch.stack(losses).mean()
+    probabilities = logits.float().softmax(1).index_select(1, present)  # [B, C', H, W]
+    foreground = mask[:, None] == present.to(mask.dtype)[:, None, None]
+    errors = torch.where(foreground, 1 - probabilities, probabilities)
+    with torch.no_grad():
+        weights = _lovasz_weights(errors, foreground, mask == VOID)
+    return (errors * weights).sum() / len(present)
+
+
+def _lovasz_weights(errors: Tensor, foreground: Tensor, void: Tensor) -> Tensor:
+    """The gradient of each pixel's error `[B, C, H, W]`, 0 where it is void `[B, H, W]`."""
+    classes = errors.shape[1]
+    # each pixel's place in a table of [class, background or foreground, bin], and one more place for void
+    place = (errors * BINS).int().clamp_(max=BINS - 1)
+    place += foreground * BINS
+    place += (torch.arange(classes, dtype=torch.int32, device=errors.device) * (2 * BINS))[:, None, None]
+    place.masked_fill_(void[:, None], classes * 2 * BINS)
+    counts = torch.bincount(place.flatten(), minlength=classes * 2 * BINS + 1)[:-1].view(classes, 2, BINS).double()
+    total = counts[:, 1].sum(-1, keepdim=True)
+    up_to = counts.flip(-1).cumsum(-1).flip(-1)  # in this bin and those of larger errors
+    halfway = up_to - counts / 2
+    union, before = total + up_to[:, 0], total + up_to[:, 0] - counts[:, 0]
+    table = torch.stack([total - halfway[:, 1], total + halfway[:, 0]], dim=1) / (before * union)[:, None]
+    table = table.flatten()
+    return torch.cat([table, table.new_zeros(1)]).float().index_select(0, place.flatten()).view_as(errors)
 
 
 def cross_entropy(logits: Tensor, mask: Tensor, class_weights: Tensor | None = None) -> Tensor:
@@ -76,10 +96,3 @@ def median_frequency_weights(pixels: Tensor) -> Tensor:
 
 def _nothing(logits: Tensor) -> Tensor:
     return logits.float().sum() * 0
-
-
-def _jaccard_gradient(foreground: Tensor) -> Tensor:
-    """Gradient of the Jaccard loss's Lovász extension for sorted errors, `[P]`; counts are exact below 2²⁴."""
-    total = foreground.sum()
-    jaccard = 1 - (total - foreground.cumsum(0)) / (total + (1 - foreground).cumsum(0))
-    return torch.diff(jaccard, prepend=jaccard.new_zeros(1))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -40,24 +40,26 @@ class ModelCard(BaseModel):
 class Segmenter(nn.Module):
     """Photos `[B, 3, H, W]` uint8 RGB, sides multiples of the patch, to logits `[B, C, H, W]`; normalises inside."""
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(self, encoder: Encoder, decoder: nn.Module) -> None:
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
-        mean, std = (torch.tensor(values).view(3, 1, 1) * 255 for values in encoder.mean_std)
-        self.register_buffer("mean", mean, persistent=False)
-        self.register_buffer("std", std, persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
+        return self.trained(self.frozen(images), images.shape[-2:])
+
+    def frozen(self, images: Tensor) -> Tensor:
+        """Photos to the tokens of `Encoder.frozen`, which `trained` goes on from."""
         patch = self.encoder.patch
         if images.ndim != 4 or images.shape[1] != 3 or any(side % patch for side in images.shape[2:]):
             raise ValueError(
                 f"images have shape {tuple(images.shape)}; this model takes [B, 3, H, W] (uint8 RGB), H and W "
                 f"multiples of {patch}: resize them with segmentation.images.resize_photo"
             )
-        return self.decoder(self.encoder((images - self.mean) / self.std), images.shape[-2:])
+        return self.encoder.frozen(self.encoder.normalise(images))
+
+    def trained(self, tokens: Tensor, size: Sequence[int]) -> Tensor:
+        """Tokens `[B, K, P + N, D]` of photos of `size` (height, width), just computed or kept, to logits."""
+        return self.decoder(self.encoder.trained(tokens.float(), self.encoder.grid(size)), size)
 
 
 def build(card: ModelCard) -> Segmenter:

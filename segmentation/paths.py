@@ -7,6 +7,7 @@ from pathlib import Path
 RAW = Path("data/raw")
 PROCESSED = Path("data/processed")
 MANIFEST = PROCESSED / "manifest.parquet"
+FEATURES = Path("data/features")
 DATA_CHECKS = Path("reports/data_checks.json")
 MODEL = Path("models")
 TRAINING = Path("reports/training")

@@ -70,6 +70,12 @@ class Predictor:
         )
         return reduce(torch.add, parts) / (len(views.scales) * (1 + views.flip))
 
+    @torch.inference_mode()
+    def logits_of(self, tokens: Tensor) -> Tensor:
+        """What `logits` gives without augmentation, on a CPU to the bit, from a photo's kept tokens `[K, P + N, D]`."""
+        side = self.card.image_size
+        return self.model.trained(tokens[None].to(self.device), (side, side))[0].float()
+
     def mask(self, photo: Image.Image) -> Pixels:
         """Class ids `[H, W]` uint8 at the photo's own size."""
         return mask_at(self.logits(photo), photo.height, photo.width)

@@ -62,6 +62,10 @@ class DecoderSettings(Section):
     skip_connections: list[Annotated[int, Field(ge=0)]] = Field(max_length=3)
 
 
+class EncodeSettings(Section):
+    cache: bool
+
+
 class TrainSettings(Section):
     epochs: int = Field(ge=1)
     batch_size: int = Field(ge=1)
@@ -118,6 +122,7 @@ class Settings(Section):
     validate_: ValidateSettings = Field(alias="validate")
     encoder: EncoderSettings
     decoder: DecoderSettings
+    encode: EncodeSettings
     train: TrainSettings
     evaluate: EvaluateSettings
 
@@ -131,6 +136,19 @@ class Settings(Section):
                 f"the nearest valid size is {nearest}"
             )
         return self
+
+    def not_cached(self) -> str | None:
+        """Why what the frozen part of the encoder yields is not kept, None where it is."""
+        cases = [
+            (not self.encode.cache, "encode.cache is false"),
+            (
+                self.encoder.trainable_blocks == "all",
+                "encoder.trainable_blocks is all: nothing is frozen",
+            ),
+            (self.train.scale is not None, "train.scale shows another crop of each photo in every epoch"),
+            (self.train.colour_jitter > 0, "train.colour_jitter shows other colours of each photo in every epoch"),
+        ]
+        return next((reason for holds, reason in cases if holds), None)
 
     def without_effect(self) -> list[str]:
         """What is set, but changes nothing: one line each, with the reason."""

@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from segmentation import model as model_files
-from segmentation.data import EpochSampler, PairDataset, augmentation, class_pixels, split_ids
+from segmentation.data import EpochSampler, FeaturePairs, PairDataset, augmentation, class_pixels, split_ids
 from segmentation.encoder import checkpoint_path, load_weights
 from segmentation.errors import PipelineError
+from segmentation.features import Features, open_features
 from segmentation.files import atomic_path, sha256_file, sha256_json, write_json
 from segmentation.images import mask_image
 from segmentation.losses import cross_entropy, dice, focal, lovasz_softmax, median_frequency_weights
@@ -41,7 +43,7 @@ from segmentation.tracking import LiveCurves
 KEPT_CHECKPOINT_FOLDERS = 5
 # The modules that decide the weights: a checkpoint of other code is not gone on from. dvc.yaml names the same.
 CODE = (
-    "data", "decoder", "encoder", "images", "losses", "metrics", "model", "optimisation", "training", "voc",
+    "data", "decoder", "encoder", "features", "images", "losses", "metrics", "model", "optimisation", "training", "voc",
 )  # fmt: skip
 PACKAGES = ("lightning", "pillow", "segmentation-models-pytorch", "timm", "torch", "torchvision")
 PANEL_PHOTOS = 4
@@ -49,7 +51,9 @@ PANEL_PHOTOS = 4
 Batch = tuple[Tensor, Tensor, tuple[str, ...]]
 
 
-def train(settings: Settings, processed: Path, classes: list[str], models: Path, reports: Path, scratch: Path) -> None:
+def train(
+    settings: Settings, processed: Path, features: Path, classes: list[str], models: Path, reports: Path, scratch: Path
+) -> None:
     """Train on split `train`, validate on `val` every epoch, write the kept weights and the history.
 
     Chosen epochs' masks of the first val photos are kept as well, as `panels/epoch_01/<id>.png`, to be looked at.
@@ -59,14 +63,15 @@ def train(settings: Settings, processed: Path, classes: list[str], models: Path,
     Args:
         settings: sections `preprocess`, `encoder`, `decoder` and `train` are read.
         processed: `data/processed`.
+        features: `data/features`; where `encode` kept nothing, the frozen blocks are computed in every step.
         classes: class names by id.
         models: gets `segmenter.safetensors` and `segmenter.json`.
         reports: gets `history.csv`, one row an epoch, and `panels/`.
         scratch: untracked folder.
 
     Raises:
-        PipelineError: weights that cannot be had, a loss that is not finite, too little memory, or the same training
-            already running.
+        PipelineError: weights that cannot be had, features of other weights or photos, a loss that is not finite, too
+            little memory, or the same training already running.
     """
     L.seed_everything(settings.train.seed, workers=True, verbose=False)
     card = model_card(settings, classes)
@@ -74,9 +79,10 @@ def train(settings: Settings, processed: Path, classes: list[str], models: Path,
     load_weights(model.encoder, settings.encoder.pretrained, checkpoint_path(settings.encoder))
     for note in settings.without_effect():
         print(f"warning: {note}", flush=True)
-    with _checkpoint_folder(scratch / "checkpoints" / _key(settings, card, processed)) as folder:
+    kept = open_features(features, model.encoder, card.image_size, processed / "manifest.parquet")
+    with _checkpoint_folder(scratch / "checkpoints" / _key(settings, card, processed, kept is not None)) as folder:
         task = TrainingTask(model, settings.train, _class_weights(settings.train, processed), folder)
-        _fit(task, settings, processed, folder)
+        _fit(task, settings, processed, kept, folder)
         if (folder / "panels").exists():
             shutil.copytree(folder / "panels", reports / "panels", dirs_exist_ok=True)
     best = settings.train.keep == "best"
@@ -137,9 +143,9 @@ class TrainingTask(L.LightningModule):
         self._confusions: list[Tensor] = []
 
     def training_step(self, batch: Batch, _: int) -> Tensor:
-        images, masks, ids = batch
+        inputs, masks, ids = batch
         self._lr = self.trainer.optimizers[0].param_groups[0]["lr"]  # after the step it is that of the next one
-        logits = self.model(images)
+        logits = self._logits(inputs, masks)
         loss = torch.stack([weight * function(logits, masks) for weight, function in self.losses]).sum()
         if not torch.isfinite(loss):
             record = self.folder / "not_finite.json"
@@ -150,6 +156,11 @@ class TrainingTask(L.LightningModule):
             )
         self._losses.append(loss.detach())
         return loss
+
+    def _logits(self, inputs: Tensor, masks: Tensor) -> Tensor:
+        """Of photos `[B, 3, S, S]` uint8, or of their kept tokens."""
+        tokens = self.model.frozen(inputs) if inputs.dtype == torch.uint8 else inputs
+        return self.model.trained(tokens, masks.shape[-2:])
 
     def on_train_epoch_start(self) -> None:
         torch.manual_seed(self.settings.seed + self.current_epoch)  # the same in a resumed epoch
@@ -168,8 +179,8 @@ class TrainingTask(L.LightningModule):
             self.averaged.swap(self._trained_state())
 
     def validation_step(self, batch: Batch, _: int) -> Tensor:
-        images, masks, _ids = batch
-        logits = self.model(images)
+        inputs, masks, _ids = batch
+        logits = self._logits(inputs, masks)
         prediction = logits.argmax(1)
         self._confusions.append(confusion_matrices(prediction, masks, logits.shape[1]))
         return prediction
@@ -221,13 +232,20 @@ class TrainingTask(L.LightningModule):
         return {key: value for key, value in self.model.state_dict().items() if key not in frozen}
 
 
-def _fit(task: TrainingTask, settings: Settings, processed: Path, folder: Path) -> None:
+def _fit(task: TrainingTask, settings: Settings, processed: Path, features: Features | None, folder: Path) -> None:
     """Fit from the folder's last checkpoint, or from the start."""
     manifest = processed / "manifest.parquet"
     chosen, size = settings.train, settings.preprocess.image_size
     changes = augmentation(size, chosen.horizontal_flip, chosen.scale, chosen.colour_jitter)
-    train_set = PairDataset(processed, split_ids(manifest, "train"), changes)
-    val_set = PairDataset(processed, split_ids(manifest, "val"))
+    train_set, val_set = (
+        PairDataset(processed, ids, augmented)
+        if features is None
+        else FeaturePairs(processed, ids, augmented, partial(features.tokens, split))
+        for split, ids, augmented in (
+            ("train", split_ids(manifest, "train"), changes),
+            ("val", split_ids(manifest, "val"), None),
+        )
+    )
     options: dict[str, Any] = {
         "batch_size": chosen.batch_size,
         "num_workers": chosen.workers,
@@ -393,7 +411,7 @@ def _forget_old(current: Path) -> None:
                 shutil.rmtree(folder)
 
 
-def _key(settings: Settings, card: ModelCard, processed: Path) -> str:
+def _key(settings: Settings, card: ModelCard, processed: Path, cached: bool) -> str:
     """Hash of everything that the trained weights depend on."""
     code = {name: sha256_file(Path(__file__).with_name(f"{name}.py")) for name in CODE}
     packages = {name: version(name) for name in PACKAGES}
@@ -402,6 +420,7 @@ def _key(settings: Settings, card: ModelCard, processed: Path) -> str:
             "card": card.model_dump(),
             "train": settings.train.model_dump(exclude={"workers"}),
             "data": sha256_file(processed / "manifest.parquet"),
+            "cached": cached,
             "code": code,
             "packages": packages,
             "machine": [platform.machine(), torch.cuda.is_available()],

@@ -1,6 +1,6 @@
 """Score the trained model on the val split, draw its predictions and write the report page."""
 
-from segmentation.paths import DATA_CHECKS, EVALUATION, MANIFEST, MODEL, RAW, REPORT, TRAINING
+from segmentation.paths import DATA_CHECKS, EVALUATION, FEATURES, MANIFEST, MODEL, RAW, REPORT, TRAINING
 from segmentation.settings import Settings
 from stages._stage import run_stage
 
@@ -9,7 +9,7 @@ def main(settings: Settings) -> None:
     from segmentation.evaluation import evaluate
     from segmentation.report import write_report
 
-    evaluate(MODEL, RAW, MANIFEST, EVALUATION, settings.evaluate)
+    evaluate(MODEL, RAW, FEATURES, MANIFEST, EVALUATION, settings.evaluate)
     write_report(REPORT, TRAINING, EVALUATION, DATA_CHECKS, MODEL, RAW, settings)
 
 

@@ -1,6 +1,6 @@
-"""Train the model on data/processed; go on from the last finished epoch after a kill."""
+"""Train the model on data/features and the masks of data/processed; go on from the last finished epoch after a kill."""
 
-from segmentation.paths import MODEL, PROCESSED, RAW, TRAINING, scratch
+from segmentation.paths import FEATURES, MODEL, PROCESSED, RAW, TRAINING, scratch
 from segmentation.settings import Settings
 from segmentation.voc import VocFolder
 from stages._stage import run_stage
@@ -9,7 +9,7 @@ from stages._stage import run_stage
 def main(settings: Settings) -> None:
     from segmentation.training import train
 
-    train(settings, PROCESSED, VocFolder(RAW).classes(), MODEL, TRAINING, scratch())
+    train(settings, PROCESSED, FEATURES, VocFolder(RAW).classes(), MODEL, TRAINING, scratch())
 
 
 def summary(settings: Settings) -> None:

@@ -18,6 +18,7 @@ from segmentation import model as model_files
 from segmentation.boundary import boundary_counts, boundary_iou
 from segmentation.errors import PipelineError
 from segmentation.evaluation import evaluate
+from segmentation.files import write_json
 from segmentation.images import mask_image, read_mask, read_photo, resize_mask
 from segmentation.intervals import bootstrap_iou
 from segmentation.metrics import report_miou
@@ -48,7 +49,7 @@ class Run:
     def evaluate(self, reports: str = "reports", **settings) -> Path:
         values = SETTINGS.model_copy(update=settings)
         manifest = self.path / "processed/manifest.parquet"
-        evaluate(self.path / "models", self.folder.root, manifest, self.path / reports, values)
+        evaluate(self.path / "models", self.folder.root, self.path / "features", manifest, self.path / reports, values)
         return self.path / reports
 
     def predictor(self, *augmentation) -> Predictor:
@@ -69,6 +70,7 @@ def prepare(folder: VocFolder, path: Path) -> Run:
     torch.manual_seed(0)
     model_files.save(build(card), card, path / "models")
     preprocess(folder.root, path / "processed", 56)
+    write_json(path / "features/features.json", {"not_cached": "a test"})  # with kept ones: tests of features
     return Run(folder, path)
 
 
@@ -248,11 +250,11 @@ def test_memory_does_not_grow_with_the_photos(run, monkeypatch):
     alive, most = [], []
     original = evaluation._score
 
-    def score(predictor, photo, truth):
-        alive.extend(weakref.ref(thing) for thing in (photo, truth))
+    def score(logits, truth, side):
+        alive.extend(weakref.ref(thing) for thing in (logits, truth))
         gc.collect()
         most.append(sum(reference() is not None for reference in alive))
-        return original(predictor, photo, truth)
+        return original(logits, truth, side)
 
     def logits(predictor, photo):
         result = true_logits(predictor, photo)

@@ -14,6 +14,14 @@ def value_and_gradient(loss, logits, mask):
     return value.detach(), gradient
 
 
+def assert_close_to_the_reference(logits, mask):
+    (value, gradient), (expected, wanted) = (value_and_gradient(f, logits, mask) for f in (lovasz_softmax, reference))
+    torch.testing.assert_close(value, expected, rtol=1e-5, atol=0)
+    cosine = torch.nn.functional.cosine_similarity(gradient.flatten().double(), wanted.flatten().double(), dim=0)
+    assert cosine > 0.9999
+    assert gradient.norm() == pytest.approx(wanted.norm().item(), rel=1e-3)
+
+
 def random_case(seed: int, classes: int = 21, size: int = 40):
     generator = torch.Generator().manual_seed(seed)
     logits = 3 * torch.randn(2, classes, size, size, generator=generator)
@@ -24,10 +32,7 @@ def random_case(seed: int, classes: int = 21, size: int = 40):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_equals_the_reference_in_value_and_gradient_with_void(seed):
-    logits, mask = random_case(seed)
-    ours, reference_ = value_and_gradient(lovasz_softmax, logits, mask), value_and_gradient(reference, logits, mask)
-    torch.testing.assert_close(ours[0], reference_[0])
-    torch.testing.assert_close(ours[1], reference_[1], rtol=1e-4, atol=1e-8)
+    assert_close_to_the_reference(*random_case(seed))
 
 
 def test_equals_the_reference_on_real_masks(voc_subset):
@@ -39,9 +44,30 @@ def test_equals_the_reference_on_real_masks(voc_subset):
     mask = torch.stack([torch.tensor(m) for m in masks])
     assert (mask == 255).any()
     logits = torch.nn.functional.one_hot(mask.long() % 255, 21).movedim(-1, 1) * 2.0 + torch.randn(4, 21, 112, 112)
-    ours, reference_ = value_and_gradient(lovasz_softmax, logits, mask), value_and_gradient(reference, logits, mask)
-    torch.testing.assert_close(ours[0], reference_[0])
-    torch.testing.assert_close(ours[1], reference_[1], rtol=1e-4, atol=1e-8)
+    assert_close_to_the_reference(logits, mask)
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0, 10.0, 30.0])
+@pytest.mark.parametrize("size", [3, 40])
+def test_the_order_lost_within_a_bin_of_errors_costs_little(size, scale):
+    """Flat, usual and saturated probabilities, hopeless and nearly right; smallest masks have bins of one pixel."""
+    for seed in range(4):
+        logits, mask = random_case(seed, size=size)
+        truth = torch.nn.functional.one_hot(mask % 255, 21).movedim(-1, 1)
+        for case in (scale * logits / 3, scale * (logits / 3 + 2 * truth)):
+            ours, wanted = (value_and_gradient(loss, case, mask) for loss in (lovasz_softmax, reference))
+            torch.testing.assert_close(ours[0], wanted[0], rtol=3e-5, atol=1e-6)
+
+
+def test_by_hand():
+    """Two pixels of class 0 with errors 1/4 and 3/4, one of class 1 with error 1/2."""
+    probabilities = torch.tensor([[0.75, 0.25, 0.5], [0.25, 0.75, 0.5]])
+    logits, mask = probabilities.log().view(1, 2, 1, 3), torch.tensor([[[0, 0, 1]]])
+    # class 0: errors 3/4 (its own), 1/2 (not), 1/4 (its own) bring the Jaccard loss to 1/2, 2/3, 1
+    # class 1: errors 3/4 (not), 1/2 (its own), 1/4 (not) bring it to 1/2, 1, 1
+    zero = 0.75 * 1 / 2 + 0.5 * (2 / 3 - 1 / 2) + 0.25 * (1 - 2 / 3)
+    one = 0.75 * 1 / 2 + 0.5 * (1 - 1 / 2)
+    assert lovasz_softmax(logits, mask).item() == pytest.approx((zero + one) / 2, abs=1e-6)
 
 
 def test_void_pixels_take_no_gradient():

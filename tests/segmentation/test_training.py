@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from segmentation import model as model_files
 from segmentation.errors import PipelineError
+from segmentation.features import encode
 from segmentation.images import read_mask
 from segmentation.preprocess import preprocess
 from segmentation.sample import draw_sample
@@ -42,7 +43,16 @@ def settings(params, **train_changes) -> Settings:
 
 def run(tmp_path, settings: Settings, out: str = "out") -> tuple[dict[str, torch.Tensor], pd.DataFrame, dict]:
     folder = tmp_path / out
-    train(settings, tmp_path / "data/processed", CLASSES, folder / "models", folder / "reports", tmp_path / "scratch")
+    encode(settings, tmp_path / "data/processed", tmp_path / "data/features", tmp_path / "scratch")
+    train(
+        settings,
+        tmp_path / "data/processed",
+        tmp_path / "data/features",
+        CLASSES,
+        folder / "models",
+        folder / "reports",
+        tmp_path / "scratch",
+    )
     card = json.loads((folder / "models/segmenter.json").read_text())
     return load_file(folder / "models/segmenter.safetensors"), pd.read_csv(folder / "reports/history.csv"), card
 
@@ -96,7 +106,15 @@ def test_keep_chooses_between_best_and_last(project, tmp_path):
 
 def _train_in_child(tmp_path, settings):
     os.chdir(tmp_path)
-    train(settings, tmp_path / "data/processed", CLASSES, tmp_path / "m", tmp_path / "r", tmp_path / "scratch")
+    train(
+        settings,
+        tmp_path / "data/processed",
+        tmp_path / "data/features",
+        CLASSES,
+        tmp_path / "m",
+        tmp_path / "r",
+        tmp_path / "scratch",
+    )
 
 
 def test_killed_in_the_middle_of_an_epoch_it_goes_on_and_ends_the_same(project, tmp_path, capsys):
@@ -285,7 +303,16 @@ def test_the_loss_curve_on_the_sample_is_the_golden_one(root, tmp_path, monkeypa
     draw_sample(tmp_path / "data/raw", 6)
     preprocess(tmp_path / "data/raw", tmp_path / "data/processed", 56)
     wanted = settings(root / "params.yaml", epochs=4, cross_entropy=1.0)
-    train(wanted, tmp_path / "data/processed", list(VOC_CLASSES), tmp_path / "m", tmp_path / "r", tmp_path / "s")
+    encode(wanted, tmp_path / "data/processed", tmp_path / "data/features", tmp_path / "s")
+    train(
+        wanted,
+        tmp_path / "data/processed",
+        tmp_path / "data/features",
+        list(VOC_CLASSES),
+        tmp_path / "m",
+        tmp_path / "r",
+        tmp_path / "s",
+    )
     history = pd.read_csv(tmp_path / "r/history.csv")
     assert history["train_loss"].tolist() == pytest.approx(GOLDEN, rel=2e-3)
 

@@ -11,6 +11,7 @@ ENTRY = {
     "fetch": ["fetch"],
     "preprocess": ["preprocess"],
     "validate": ["checks"],
+    "encode": ["features"],
     "train": ["training"],
     "evaluate": ["evaluation", "report"],
 }
@@ -62,4 +63,4 @@ def test_stage_module_and_section_share_one_name(stages, root):
         assert entry["cmd"] == f"python3 -m stages.{stage}"
         assert (root / "stages" / f"{stage}.py").exists()
         assert stage in sections
-        assert set(entry["params"]) <= sections
+        assert {key.split(".")[0] for key in entry["params"]} <= sections

@@ -47,7 +47,7 @@ def reproduced(new_checkout) -> Path:
     set_params(checkout, TINY | {"train.keep": "last"})  # a better last epoch is not certain, another one is
     done = dvc(checkout, "repro")
     assert done.returncode == 0, done.stdout
-    assert ran(done.stdout) == ["fetch", "preprocess", "validate", "train", "evaluate"]
+    assert ran(done.stdout) == ["fetch", "preprocess", "validate", "encode", "train", "evaluate"]
     return checkout
 
 
@@ -169,7 +169,7 @@ def test_two_repros_in_one_checkout_the_second_says_so(reproduced):
     assert not any(line.startswith("epoch 1/") for line in lines)
 
 
-@pytest.mark.parametrize("stage", ["fetch", "preprocess", "validate", "train", "evaluate"])
+@pytest.mark.parametrize("stage", ["fetch", "preprocess", "validate", "encode", "train", "evaluate"])
 def test_help_needs_no_torch(stage, root):
     command = [sys.executable, "-X", "importtime", "-m", f"stages.{stage}", "--help"]
     done = subprocess.run(command, cwd=root, text=True, capture_output=True, check=True)
