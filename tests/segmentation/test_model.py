@@ -53,9 +53,11 @@ def test_the_reports_shapes_at_518():
         ("vit_small_patch16_rope_mixed_224", 16),  # other ones in each block
     ],
 )
-def test_the_encoder_equals_timms_own_forward(name, patch):
+@pytest.mark.parametrize(("trainable", "close"), [("all", {}), (1, {"rtol": 0, "atol": 5e-3})])
+def test_the_encoder_equals_timms_own_forward(name, patch, trainable, close):
+    """To float32's error, and to float16's where tokens between frozen and trained blocks are rounded to it."""
     torch.manual_seed(0)
-    encoder = Encoder(name, 4 * patch, 1, [5, 2]).eval()
+    encoder = Encoder(name, 4 * patch, trainable, [5, 2]).eval()
     images = torch.randn(2, 3, 4 * patch, 4 * patch)
     with torch.no_grad():
         reference = encoder.vit.forward_features(images)[:, encoder.vit.num_prefix_tokens :]
@@ -63,8 +65,8 @@ def test_the_encoder_equals_timms_own_forward(name, patch):
         last, fifth, second = encoder(images)
         assert encoder(torch.randn(1, 3, 2 * patch, 6 * patch))[0].shape[2:] == (2, 6)
     assert last.shape == (2, encoder.dim, 4, 4)
-    torch.testing.assert_close(last.flatten(2).transpose(1, 2), reference)
-    torch.testing.assert_close([second, fifth], early)
+    torch.testing.assert_close(last.flatten(2).transpose(1, 2), reference, **close)
+    torch.testing.assert_close([second, fifth], early, **close)
 
 
 @pytest.mark.parametrize(
@@ -198,7 +200,7 @@ def test_a_local_checkpoint_is_loaded(tmp_path, kind):
         save_file(source.state_dict(), path)
     else:
         torch.save(official(source) if kind.startswith("official") else source.state_dict(), path)
-    encoder = Encoder(SMALL, 518, 1)
+    encoder = Encoder(SMALL, 518, "all")  # nothing is rounded between frozen and trained blocks
     load_weights(encoder, False, path)
     images = torch.randn(1, 3, 518, 518)
     with torch.no_grad():
