@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from segmentation.errors import PipelineError
 from segmentation.images import read_mask, read_photo
-from segmentation.parallel import process_pool
+from segmentation.parallel import thread_pool
 from segmentation.voc import VOID, is_safe_id
 
 if TYPE_CHECKING:  # the workers that read files import this module: keep it light
@@ -147,9 +147,9 @@ def _read_all(processed: Path, manifest: dict[str, dict[str, Any]]) -> dict[str,
     masks = [is_safe_id(name) and manifest[name]["mask_problem"] is None for name in identifiers]
     if not any(photos) and not any(masks):
         return dict.fromkeys(identifiers, Copies())
-    pool, _ = process_pool(len(identifiers))
+    pool, _ = thread_pool(len(identifiers))
     with pool:
-        found = pool.map(partial(_read_back, processed), identifiers, photos, masks, chunksize=8)
+        found = pool.map(partial(_read_back, processed), identifiers, photos, masks)
         bar = tqdm(found, total=len(identifiers), desc="read back", unit="pair", disable=None)
         return dict(zip(identifiers, bar, strict=True))
 

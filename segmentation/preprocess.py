@@ -20,7 +20,7 @@ from tqdm import tqdm
 from segmentation.errors import PipelineError
 from segmentation.files import atomic_path
 from segmentation.images import Pixels, mask_image, read_mask, read_photo, resize_mask, resize_photo
-from segmentation.parallel import process_pool
+from segmentation.parallel import thread_pool
 from segmentation.voc import SPLITS, VOID, VocFolder, is_safe_id
 
 SCHEMA = pa.schema(
@@ -100,7 +100,7 @@ def _process_all(
 ) -> Iterator[tuple[str, Pair]]:
     """Process pairs on all cores, a bounded number in flight; yields them as they finish."""
     waiting = iter(identifiers)
-    pool, workers = process_pool(len(identifiers))
+    pool, workers = thread_pool(len(identifiers))
     with pool:
         running: dict[Future[Pair], str] = {}
         while True:
