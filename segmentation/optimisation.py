@@ -47,7 +47,10 @@ def optimiser(
     model: Segmenter, lr: float, weight_decay: float, encoder_lr_scale: float, layer_decay: float
 ) -> Optimizer:
     """AdamW over `parameter_groups`."""
-    return AdamW(parameter_groups(model, lr, encoder_lr_scale, layer_decay), weight_decay=weight_decay)
+    groups = parameter_groups(model, lr, encoder_lr_scale, layer_decay)
+    # ten times faster on a CPU; on a GPU Lightning would refuse to clip gradients under mixed precision
+    fused = next(model.parameters()).device.type == "cpu"
+    return AdamW(groups, weight_decay=weight_decay, fused=fused)
 
 
 def schedule(optimizer: Optimizer, name: str, steps: int, warmup_steps: int) -> LRScheduler:
