@@ -14,10 +14,9 @@ import sys
 import uvicorn
 
 from segmentation.errors import PipelineError
-from serving import limits
 from serving.app import create_app
 from serving.champion import Champion
-from serving.http import Protocol
+from serving.http import configure
 from serving.worker import Worker
 
 
@@ -40,16 +39,11 @@ def main() -> None:
         champion = Champion(worker.check)
     except PipelineError as error:
         sys.exit(f"error: {error}")
-    config = uvicorn.Config(
-        create_app(champion, worker), http=Protocol, ws="none", loop="asyncio", lifespan="off", log_config=None,
-        access_log=False, server_header=False, proxy_headers=False, limit_concurrency=limits.CONNECTIONS,
-        timeout_graceful_shutdown=int(limits.WORK_SECONDS),
-    )  # fmt: skip
     champion.watch()
     host, port = listening.getsockname()[:2]
     log.info("version %s on %s: http://%s:%d", champion.served.version, champion.served.predictor.device, host, port)
     try:
-        uvicorn.Server(config).run([listening])
+        uvicorn.Server(configure(create_app(champion, worker))).run([listening])
     except KeyboardInterrupt:
         log.info("stopped")
 

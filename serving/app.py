@@ -23,7 +23,8 @@ from serving.schemas import ClassShare, Fault, Health, Model, Segmentation, Segm
 from serving.worker import Worker
 
 PAGE = Path(__file__).with_name("page.html")
-PHOTO_TYPES = ("image/jpeg", "image/png", "application/octet-stream")
+PHOTO_TYPES = ("image/jpeg", "image/png")
+ANY_TYPE = "application/octet-stream"  # taken, too; but not every such body is a photo, so OpenAPI has it in words only
 ANSWER_TYPES = ("image/png", "application/json")
 VERSION_HEADER = "Model-Version"
 BINARY = {"schema": {"type": "string", "format": "binary"}}
@@ -40,7 +41,6 @@ FAULTS: dict[int, dict[str, Any]] = {
     },
     415: {"description": "neither a JPEG nor a PNG, by `Content-Type` or by its bytes"},
     422: {"description": "a JPEG or PNG that cannot be decoded"},
-    500: {"description": "a fault of the server; its log says which"},
     503: {"description": "the server is full", "headers": RETRY},
     504: {"description": f"the mask was not ready within {limits.WORK_SECONDS:.0f} s"},
 }
@@ -48,7 +48,13 @@ FAULTS: dict[int, dict[str, Any]] = {
 
 def create_app(champion: Champion, worker: Worker) -> FastAPI:
     """The application around a champion and a worker."""
-    app = FastAPI(title="Segmentation", description="Photos to masks.", docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="Segmentation",
+        description="Photos to masks.",
+        docs_url=None,
+        redoc_url=None,
+        responses={500: {"model": Fault, "description": "a fault of the server; its log says which"}},
+    )
     app.add_middleware(Guard)
     app.add_exception_handler(HTTPException, answer_fault)
     bodies, page = Bodies(), PAGE.read_text(encoding="utf-8")
@@ -76,15 +82,16 @@ def create_app(champion: Champion, worker: Worker) -> FastAPI:
     async def segment(request: Request) -> Response:
         """The mask of a photo, or what is in it.
 
-        The body is a JPEG or PNG photo; which of them, its bytes say. The mask is a palette PNG of class ids, of the
-        upright photo's size. With `Accept: application/json` the answer is the classes and their shares instead.
+        The body is a JPEG or PNG photo; which of them, its bytes say, so `application/octet-stream` will do as well.
+        The mask is a palette PNG of class ids, of the upright photo's size. With `Accept: application/json` the answer
+        is the classes and their shares instead.
         """
         wanted = preferred(request.headers.get("accept", "*/*"), ANSWER_TYPES)
         if wanted is None:
             raise Refused(406, f"Accept: the answer is {' or '.join(ANSWER_TYPES)}")
-        sent = request.headers.get("content-type", PHOTO_TYPES[-1]).partition(";")[0].strip().lower()
-        if sent not in PHOTO_TYPES:
-            raise Refused(415, f"Content-Type: a photo is {' or '.join(PHOTO_TYPES)}")
+        sent = request.headers.get("content-type", ANY_TYPE).partition(";")[0].strip().lower()
+        if sent not in (*PHOTO_TYPES, ANY_TYPE):
+            raise Refused(415, f"Content-Type: a photo is {', '.join(PHOTO_TYPES)} or {ANY_TYPE}")
         async with bodies.read(request) as body:
             served, mask, png = await worker.segment(body, champion, request.receive)
         headers = {VERSION_HEADER: served.version}

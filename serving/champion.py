@@ -99,8 +99,8 @@ class Champion:
             return Served(entry, predictor, self._metrics(entry.run_id))
         except Exception as error:  # a foreign or damaged model can fail in any way
             raise PipelineError(
-                f"models:/{MODEL_NAME}/{entry.version}, the champion, cannot be served ({type(error).__name__}: {error}); "
-                "move the alias to a version that can be"
+                f"models:/{MODEL_NAME}/{entry.version}, the champion, cannot be served "
+                f"({type(error).__name__}: {error}); move the alias to a version that can be"
             ) from error
 
     def _metrics(self, run_id: str | None) -> dict[str, float]:

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 import h11
+import uvicorn
 from fastapi import HTTPException, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
@@ -144,6 +145,15 @@ def preferred(accept: str, offers: Sequence[str]) -> str | None:
 
     best = max(offers, key=liking)
     return best if liking(best) > 0 else None
+
+
+def configure(app: ASGIApp) -> uvicorn.Config:
+    """How uvicorn runs the application: this process, its own log lines, nothing about itself in answers."""
+    return uvicorn.Config(
+        app, http=Protocol, ws="none", loop="asyncio", lifespan="off", log_config=None, access_log=False,
+        server_header=False, proxy_headers=False, limit_concurrency=limits.CONNECTIONS,
+        timeout_graceful_shutdown=int(limits.WORK_SECONDS),
+    )  # fmt: skip
 
 
 class Protocol(H11Protocol):

@@ -55,4 +55,4 @@ class Health(BaseModel):
 class Fault(BaseModel):
     """Why a request was not served."""
 
-    detail: str = Field(examples=["the body is neither a JPEG nor a PNG photo"])
+    detail: str = Field(examples=["this is neither a JPEG nor a PNG photo"])

@@ -133,22 +133,22 @@ def decode(body: bytes) -> Image.Image:
     """
     kind = next((kind for signature, kind in SIGNATURES.items() if body.startswith(signature)), None)
     if kind is None:
-        raise Refused(415, "the body is neither a JPEG nor a PNG photo" if body else "the body is empty")
-    damaged = f"the {kind} cannot be decoded: it is truncated or damaged"
+        raise Refused(415, "this is neither a JPEG nor a PNG photo" if body else "this is empty")
+    damaged = f"this {kind} cannot be decoded: it is truncated or damaged"
     try:
         with Image.open(io.BytesIO(body), formats=(kind,)) as header:
             width, height = header.size
     except Image.DecompressionBombError as error:
-        raise Refused(413, f"the {kind} has far more than {limits.MAX_PIXELS:,} pixels", f"{error}") from None
+        raise Refused(413, f"this {kind} has far more than {limits.MAX_PIXELS:,} pixels", f"{error}") from None
     except Exception as error:  # Pillow's parsers raise OSError, SyntaxError, ValueError, struct.error and more
         raise Refused(422, damaged, f"{error}") from None
-    size = f"the photo has {width}×{height} pixels"
+    size = f"this photo has {width}×{height} pixels"
     if width * height > limits.MAX_PIXELS:
         raise Refused(413, f"{size}; at most {limits.MAX_PIXELS:,} are taken")
     if max(width, height) > limits.MAX_PROPORTIONS * min(width, height):
         raise Refused(413, f"{size}; its longer side may be {limits.MAX_PROPORTIONS} times the shorter")
     if kind == "JPEG" and body.count(b"\xff\xda") > limits.MAX_SCANS:
-        raise Refused(422, f"the JPEG has more than {limits.MAX_SCANS} scans")
+        raise Refused(422, f"this JPEG has more than {limits.MAX_SCANS} scans")
     try:
         return read_photo(body)[0]
     except PipelineError as error:
