@@ -55,6 +55,8 @@ def bind(host: str, port: int) -> socket.socket:
         PipelineError: it is taken, or no address of this machine.
     """
     try:
+        if port != port & 0xFFFF:
+            raise OverflowError("ports go from 0 to 65535")  # getaddrinfo would cut it down to another one
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listening = socket.socket(family)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # else a port just left counts as taken

@@ -29,12 +29,12 @@ CARD = ModelCard(
 )  # fmt: skip
 
 
-def register_random(folder: Path, seed: int, weights: float = 1.0) -> str:
+def register_random(folder: Path, seed: int, scale: float = 1.0) -> str:
     """Register a model of random weights as a run's files are; returns its version."""
     torch.manual_seed(seed)
     model = build(CARD).eval()
     with torch.no_grad():
-        model.decoder.head.weight.mul_(weights)
+        model.decoder.head.weight.mul_(scale)
     save(model, CARD, folder / "models")
     (folder / "params.yaml").write_text("evaluate: {flip: true, scales: [1.0], sliding_window: false}\n")
     (folder / "dvc.lock").write_text(f"schema: '{seed}'\n")
@@ -50,9 +50,10 @@ class Store:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.uri = f"sqlite:///{folder}/mlflow.db"
+        self.files: dict[str, Path] = {}
+        self.predictors: dict[str, Predictor] = {}
         with self.here():
             self.client = connect()
-            self.files = {}
             for seed in (1, 2):
                 self.files[register_random(folder / f"run{seed}", seed)] = folder / f"run{seed}/models"
 
@@ -67,7 +68,9 @@ class Store:
         self.client.set_registered_model_alias(MODEL_NAME, "champion", version)
 
     def predictor(self, version: str) -> Predictor:
-        return Predictor.load(self.files[version], Augmentation(flip=True))
+        if version not in self.predictors:
+            self.predictors[version] = Predictor.load(self.files[version], Augmentation(flip=True))
+        return self.predictors[version]
 
 
 class Server:
