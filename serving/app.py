@@ -32,6 +32,10 @@ VERSION = {
     VERSION_HEADER: {"description": "the version that predicted", "required": True, "schema": {"type": "string"}}
 }
 RETRY = {"Retry-After": {"description": "seconds", "schema": {"type": "integer"}}}
+EVERYWHERE: dict[int | str, dict[str, Any]] = {
+    431: {"description": f"more than {limits.MAX_HEADERS:,} bytes of headers"},
+    500: {"description": "a fault of the server; its log says which"},
+}
 FAULTS: dict[int, dict[str, Any]] = {
     406: {"description": "`Accept` allows neither of the two answers"},
     408: {"description": f"the body did not come within {limits.READ_SECONDS:.0f} s"},
@@ -53,7 +57,7 @@ def create_app(champion: Champion, worker: Worker) -> FastAPI:
         description="Photos to masks.",
         docs_url=None,
         redoc_url=None,
-        responses={500: {"model": Fault, "description": "a fault of the server; its log says which"}},
+        responses={status: {"model": Fault, **fault} for status, fault in EVERYWHERE.items()},
     )
     app.add_middleware(Guard)
     app.add_exception_handler(HTTPException, answer_fault)

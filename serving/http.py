@@ -7,6 +7,7 @@ import logging
 import socket
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from itertools import chain
 
 import h11
 import uvicorn
@@ -65,6 +66,11 @@ class Guard:
             await send(message)
 
         try:
+            size = len(scope["raw_path"]) + len(scope["query_string"]) + sum(map(len, chain(*scope["headers"])))
+            if size > limits.MAX_HEADERS:  # h11 has a limit for those that come in several reads
+                refused = Refused(431, f"the headers are larger than {limits.MAX_HEADERS:,} bytes")
+                response = await answer_fault(Request(scope), refused)
+                return await response(scope, receive, guarded)
             await self.app(scope, receive, guarded)
         except ClientDisconnect:
             log.info("%s: the client left", _named(scope))

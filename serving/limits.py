@@ -1,6 +1,7 @@
 """What the server takes on, in one place; docs/serving.md has the status code of each."""
 
-# one photo
+# one request
+MAX_HEADERS = 16 * 2**10  # bytes of address and headers
 MAX_BYTES = 32 * 2**20
 MAX_PIXELS = 25_000_000
 MAX_PROPORTIONS = 10  # longer side to shorter: a sliding window's memory grows with it
