@@ -5,7 +5,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint lock services python
+.PHONY: help install demo test lint lock services serve python
 
 help: ## list these targets
 	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/  make \1|\2/p' Makefile | while IFS='|' read -r a b; do printf '%-16s %s\n' "$$a" "$$b"; done
@@ -45,3 +45,6 @@ lock: python ## requirements.lock from pyproject.toml; keeps what is pinned ther
 
 services: install ## Prefect server and worker, MLflow server, with their pages in the browser; Ctrl-C stops all
 	$(BIN)/python -m flows.services
+
+serve: install ## the champion at http://127.0.0.1:8000, with a page to try it; Ctrl-C stops it
+	$(BIN)/python -m serving

@@ -1,0 +1,114 @@
+"""The model that is served: the registry's champion, followed when its alias moves."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+
+from segmentation.errors import PipelineError
+from segmentation.predictor import Predictor
+from segmentation.registry import MODEL_NAME, connect
+from segmentation.versions import find_version, load_predictor
+from serving import limits
+
+ALIAS = "champion"
+log = logging.getLogger("serving")
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model, and what the registry says of it."""
+
+    entry: ModelVersion
+    predictor: Predictor
+    metrics: dict[str, float]
+
+    @property
+    def version(self) -> str:
+        return str(self.entry.version)
+
+
+class Champion:
+    """The champion, loaded; a thread looks for a new one and puts it in the old one's place once it has predicted.
+
+    `served` is replaced whole and never changed: whoever took it keeps one consistent model.
+
+    Args:
+        check: predicts with a model, and raises when it cannot be served.
+
+    Raises:
+        PipelineError: there is none, or it cannot be loaded or fails the check.
+    """
+
+    def __init__(self, check: Callable[[Predictor], None]) -> None:
+        self._check = check
+        self._client = connect()
+        self._failed: tuple[str, float, PipelineError] | None = None
+        self.served = self._load(find_version(self._client, ALIAS))
+        self.trouble: str | None = None
+
+    def watch(self) -> None:
+        """Follow the champion until the process ends."""
+        threading.Thread(target=self._watch, name="champion", daemon=True).start()
+
+    def _watch(self) -> None:
+        while True:
+            time.sleep(limits.POLL_SECONDS)
+            before, self.trouble = self.trouble, self._look()
+            if self.trouble and self.trouble != before:
+                log.warning("still serving version %s: %s", self.served.version, self.trouble)
+            elif before and not self.trouble:
+                log.info("serving version %s, the champion again", self.served.version)
+
+    def _look(self) -> str | None:
+        """Follow the alias; what keeps its model from being served, if anything does."""
+        try:
+            entry = find_version(self._client, ALIAS)
+            if str(entry.version) == self.served.version:
+                # tags and aliases may have changed; the model of a version never does
+                self.served = replace(self.served, entry=entry)
+            else:
+                self._follow(entry)
+        except Exception as error:  # whatever it is, what is loaded goes on being served
+            return " ".join(f"{error}".split()) or type(error).__name__
+        return None
+
+    def _follow(self, entry: ModelVersion) -> None:
+        if self._failed and self._failed[0] == str(entry.version) and time.monotonic() < self._failed[1]:
+            raise self._failed[2]
+        started = time.monotonic()
+        try:
+            served = self._load(entry)
+        except PipelineError as error:
+            self._failed = str(entry.version), time.monotonic() + limits.RETRY_SECONDS, error
+            raise
+        seconds = time.monotonic() - started
+        log.info("version %s replaces %s, loaded in %.1f s", served.version, self.served.version, seconds)
+        self.served = served
+
+    def _load(self, entry: ModelVersion) -> Served:
+        try:
+            predictor = load_predictor(entry)
+            self._check(predictor)
+            return Served(entry, predictor, self._metrics(entry.run_id))
+        except Exception as error:  # a foreign or damaged model can fail in any way
+            raise PipelineError(
+                f"models:/{MODEL_NAME}/{entry.version}, the champion, cannot be served "
+                f"({type(error).__name__}: {error}); move the alias to a version that can be"
+            ) from error
+
+    def _metrics(self, run_id: str | None) -> dict[str, float]:
+        """The scores that the version's run was registered with; none when the run was deleted."""
+        try:
+            logged = self._client.get_run(run_id).data.metrics if run_id else {}
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            logged = {}
+        return {key.removeprefix("eval/"): value for key, value in logged.items() if key.startswith("eval/")}
