@@ -38,7 +38,6 @@ class Comparison:
     The classes' intervals are corrected for their number (Bonferroni): all of them hold together with 95 %.
     """
 
-    photos: int
     miou: Difference
     classes: tuple[Difference, ...]
 
@@ -76,7 +75,6 @@ def compare(champion: Tensor, candidate: Tensor, classes: Sequence[str], resampl
 
     old, new = class_iou(before).tolist(), class_iou(after).tolist()
     return Comparison(
-        photos=len(champion),
         miou=difference("mIoU", miou(before), miou(after), ends),
         classes=tuple(difference(classes[k], old[k], new[k], class_ends[:, k]) for k in present),
     )
@@ -91,18 +89,10 @@ def relative_checks(
     too bad, so the *upper* end of its interval counts: the interval of a class with few photos is wide, and the lower
     ends of 21 such intervals would refuse nearly every model, equal ones included.
     """
-    drop, limit = settings.max_class_drop, settings.max_latency_ratio
-    worse = [found for found in comparison.classes if found.high < -drop]
-    ratio = candidate_seconds / champion_seconds
+    limit, ratio = settings.max_latency_ratio, candidate_seconds / champion_seconds
     return [
         _gain(comparison.miou, settings.min_gain),
-        Check(
-            "classes",
-            not worse,
-            "; ".join(f"{found.name} {found}" for found in worse) + f": surely lost more than {100 * drop:g} points"
-            if worse
-            else f"none of {len(comparison.classes)} classes has surely lost more than {100 * drop:g} points",
-        ),
+        _classes(comparison.classes, settings.max_class_drop),
         Check(
             "latency",
             ratio <= limit,
@@ -141,3 +131,11 @@ def _gain(found: Difference, least: float) -> Check:
     tie = least >= 0 and found.low <= 0 <= found.high
     verdict = "clears" if passed else "near-tie, the interval includes 0; it must lie above" if tie else "is not above"
     return Check("gain", passed, f"mIoU {found}: {verdict} {100 * least:+g} points")
+
+
+def _classes(found: Sequence[Difference], drop: float) -> Check:
+    worse = sorted((one for one in found if one.high < -drop), key=lambda one: one.difference)
+    says = f"{len(worse) or 'none'} of {len(found)} classes surely lost more than {100 * drop:g} points"
+    if worse:
+        says += ", most of all " + "; ".join(f"{one.name} {one}" for one in worse[:3])
+    return Check("classes", not worse, says)

@@ -211,4 +211,6 @@ def _reasons(checks: list[Check], promoted: bool, force_reason: str | None) -> l
 
 def _identity(version: ModelVersion) -> dict[str, str | None]:
     names = ("experiment", "experiment_commit", "evaluation_set_sha256", "data_hash", "data_checks")
-    return {"version": version.version, "run_id": version.run_id} | {name: version.tags.get(name) for name in names}
+    return {"version": str(version.version), "run_id": version.run_id} | {
+        name: version.tags.get(name) for name in names
+    }
