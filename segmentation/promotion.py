@@ -190,7 +190,7 @@ def _reproduction_failure(version: ModelVersion, photos: list[bytes], masks: lis
         script, uri = Path(__file__).with_name("reload.py"), f"models:/{MODEL_NAME}/{version.version}"
         strict = {"MLFLOW_TRACKING_URI": tracking_uri(), "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
         done = subprocess.run(
-            [sys.executable, "-I", str(script), uri, str(folder)],
+            [sys.executable, "-IB", str(script), uri, str(folder)],
             cwd=folder, env=os.environ | strict, capture_output=True, text=True,
         )  # fmt: skip
         if done.returncode:
