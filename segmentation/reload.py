@@ -1,8 +1,7 @@
 """Masks of a registered model by its own stored code: `python -IB reload.py MODEL_URI FOLDER`.
 
-A script of its own, isolated (`-I`): nothing of the checkout can be imported in place of what the version carries; and
-nothing is written beside what is stored (`-B`).
-For each `<name>.photo` of the folder it writes `<name>.png`.
+A script of its own: isolated (`-I`), so that nothing of the checkout is imported in place of what the version carries,
+and writing nothing beside what is stored (`-B`). For each `<name>.photo` of the folder it writes `<name>.png`.
 """
 
 from __future__ import annotations

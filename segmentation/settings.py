@@ -116,7 +116,7 @@ class PromoteSettings(Section):
     min_gain: float = Field(ge=-1, le=1)
     max_class_drop: float = Field(ge=0, le=1)
     max_latency_ratio: float = Field(gt=0)
-    bootstrap: int = Field(ge=1)
+    bootstrap: int = Field(ge=1, le=50_000)
 
 
 class Settings(Section):
