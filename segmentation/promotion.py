@@ -151,8 +151,7 @@ def decide(
         scores["champion"] = champion.summary()
         stacks = (torch.stack(champion.confusions), torch.stack(candidate.confusions))
         comparison = compare(*stacks, candidate.classes, settings.bootstrap)
-        seconds = scores["champion"]["seconds"], scores["candidate"]["seconds"]
-        checks = relative_checks(comparison, *seconds, settings) + checks
+        checks = relative_checks(comparison, champion.seconds, candidate.seconds, settings) + checks
     promoted = promotes(checks, forced)
     return decision | {
         "verdict": "promote" if promoted else "refuse",
