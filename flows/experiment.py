@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,7 +23,8 @@ from ruamel.yaml import YAML
 
 from segmentation.errors import PipelineError
 from segmentation.files import sha256_file, sha256_json
-from segmentation.paths import DATA_CHECKS, EVALUATION, MODEL, REPORT, TRAINING, project_root
+from segmentation.paths import DATA_CHECKS, EVALUATION, MODEL, RAW, REPORT, TRAINING, project_root
+from segmentation.voc import VocFolder, parse_lines
 
 GRACE_SECONDS = 10
 
@@ -162,6 +163,28 @@ def _fetch_outputs(files: Any, revision: Revision, folder: Path) -> None:
             raise PipelineError(
                 f"{path} of {revision.name} cannot be had: {error}; run `dvc repro` and commit, or `dvc pull`"
             ) from None
+
+
+def evaluation_set(commit: str) -> Iterator[tuple[bytes, bytes]]:
+    """Photo and mask of every val pair in list order, as the files lie in the `data/raw` of a run's commit.
+
+    Raises:
+        PipelineError: this checkout lacks the commit, or DVC's cache the files.
+    """
+    from dvc.api import DVCFileSystem
+    from dvc.exceptions import DvcException
+    from scmrepo.exceptions import SCMError
+
+    folder = VocFolder(RAW)
+    try:
+        files = DVCFileSystem(str(project_root()), rev=commit)
+        for identifier in parse_lines(files.read_bytes(str(folder.split_file("val")))):
+            yield files.read_bytes(str(folder.photo(identifier))), files.read_bytes(str(folder.mask(identifier)))
+    except (OSError, DvcException, SCMError) as error:
+        raise PipelineError(
+            f"{RAW} of {commit[:12]} cannot be had: {error}; run this in the checkout that trained the version, or get "
+            "the experiment (`dvc exp pull`) and its data (`dvc pull`)"
+        ) from None
 
 
 def lineage(revision: Revision, folder: Path) -> dict[str, str]:

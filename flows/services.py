@@ -26,6 +26,7 @@ from segmentation.paths import project_root, scratch
 HOST = "127.0.0.1"
 START_LIMIT = 120.0
 POOL = "local"
+GPU = "gpu"
 
 
 @dataclass
@@ -110,6 +111,8 @@ def run(prefect_port: int, mlflow_port: int, services: list[Service]) -> None:
         "PREFECT_HOME": str(scratch() / "prefect"),
         **os.environ,  # telemetry is off in it: see flows/__init__.py
         "PREFECT_API_URL": f"{prefect_url}/api",
+        # kept on disk: a slot that was held when the server stopped is given back, and not lost with its memory
+        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
         "MLFLOW_TRACKING_URI": mlflow_url,
         # background jobs of MLflow's own (language-model judges): five more processes, and nothing here uses them
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
@@ -146,6 +149,9 @@ def run(prefect_port: int, mlflow_port: int, services: list[Service]) -> None:
     await_health(services, {"prefect": (prefect_port, "/api/health"), "mlflow": (mlflow_port, "/health")})
     if get(prefect_port, f"/api/work_pools/{POOL}") == http.HTTPStatus.NOT_FOUND:
         prefect("work-pool", "work-pool", "create", POOL, "--type", "process")
+    # one training at a time; `prefect gcl update gpu --limit N` stays as it is set
+    if get(prefect_port, f"/api/v2/concurrency_limits/{GPU}") == http.HTTPStatus.NOT_FOUND:
+        prefect("gpu", "global-concurrency-limit", "create", GPU, "--limit", "1")
     prefect("deploy", "deploy", "--all")
     start("worker", "prefect", "worker", "start", "--pool", POOL, "--type", "process")
     print(
@@ -154,7 +160,7 @@ def run(prefect_port: int, mlflow_port: int, services: list[Service]) -> None:
         + (f"  export PREFECT_API_URL={prefect_url}/api MLFLOW_TRACKING_URI={mlflow_url}\n")
         + "  dvc repro                                 run the stages by hand\n"
         "  prefect deployment run 'train/voc2012'    run them as a recorded experiment\n"
-        f"  {mlflow_url}/#/models/voc-segmentation   move the alias `champion` to promote a version\n\n"
+        "  prefect deployment run 'promote/champion' make the newest model the champion, if it is better\n\n"
         "Ctrl-C stops all.",
         flush=True,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ import pandas as pd
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
+from prefect.client.orchestration import get_client
+from prefect.concurrency.sync import concurrency
+from prefect.exceptions import ObjectNotFound
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -19,6 +23,7 @@ from flows import experiment
 from flows.experiment import Revision
 from flows.local import without_server
 from flows.register import register_model
+from flows.services import GPU
 from segmentation.errors import PipelineError
 from segmentation.paths import DATA_CHECKS, EVALUATION, REPORT, TRAINING, project_root
 from segmentation.registry import MODEL_NAME, Registered
@@ -68,7 +73,8 @@ def run_pipeline(name: str, overrides: dict[str, Any], isolated: bool, run_id: s
 
     log = get_run_logger()
     env = {"MLFLOW_TRACKING_URI": tracking_uri(), "MLFLOW_RUN_ID": run_id} if run_id else {}
-    return experiment.run_experiment(name, overrides, isolated, env, log.info)
+    with _gpu_slot():
+        return experiment.run_experiment(name, overrides, isolated, env, log.info)
 
 
 @task(cache_policy=NO_CACHE)
@@ -105,6 +111,19 @@ def publish(folder: Path) -> None:
         description=f"Epochs of {folder.name}",
         table=[list(history.columns), *history.to_numpy().tolist()],
     )
+
+
+def _gpu_slot() -> AbstractContextManager[None]:
+    """One training at a time, where the server has the limit `gpu`; a temporary server has none."""
+    with get_client(sync_client=True) as client:
+        try:
+            limit = client.read_global_concurrency_limit_by_name(GPU)
+        except ObjectNotFound:
+            return nullcontext()
+    if limit.active_slots >= limit.limit:
+        get_run_logger().info("waiting for a slot of the concurrency limit `%s`: another training has it", GPU)
+    # a lease, renewed while training runs: what a killed run held is free again after that time
+    return concurrency(GPU, lease_duration=60)
 
 
 def _open_run(name: str) -> str | None:

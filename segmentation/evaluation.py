@@ -141,8 +141,8 @@ def _score(logits: Tensor, truth: Pixels, side: int) -> tuple[Tensor, Tensor, Te
     prediction = mask_at(logits, *truth.shape)
     small, small_truth = upsample(logits[None], (side, side))[0], resize_mask(truth, side)
     return (
-        _confusion(prediction, truth, classes),
-        _confusion(small.argmax(0).cpu().numpy(), small_truth, classes),
+        photo_confusion(prediction, truth, classes),
+        photo_confusion(small.argmax(0).cpu().numpy(), small_truth, classes),
         boundary_counts(prediction, truth, classes),
         reliability_counts(small, torch.tensor(small_truth, device=small.device)),
     )
@@ -181,7 +181,8 @@ def _per_image(confusions: Tensor, ids: list[str], sizes: list[tuple[int, int]])
     )
 
 
-def _confusion(prediction: Pixels, truth: Pixels, classes: int) -> Tensor:
+def photo_confusion(prediction: Pixels, truth: Pixels, classes: int) -> Tensor:
+    """Confusion matrix `[C, C]` of one photo's mask with the truth, both `[H, W]`."""
     return confusion_matrices(torch.from_numpy(prediction)[None], torch.tensor(truth)[None], classes)[0]
 
 

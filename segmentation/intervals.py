@@ -25,18 +25,54 @@ def bootstrap_iou(confusions: Tensor, resamplings: int, seed: int = 0) -> tuple[
     Returns:
         Low and high end, float64: of the mIoU `[2]`, and of each class's IoU `[2, C]`, NaN for one absent everywhere.
     """
-    photos = len(confusions)
-    hits = confusions.diagonal(dim1=-2, dim2=-1)
-    unions = confusions.sum(-1) + confusions.sum(-2) - hits
-    hits, unions, truth = hits.double(), unions.double(), confusions.sum(-1).double()
-    known = truth.sum(0) > 0
-    generator, drawn = np.random.default_rng(seed), []
+    (iou,) = _resampled_iou([confusions], resamplings, seed)
+    return _ends(iou.nanmean(1), LEVEL), _ends(iou, LEVEL)
+
+
+def bootstrap_iou_difference(
+    first: Tensor, second: Tensor, resamplings: int, class_level: float, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Intervals of what the second model's IoU has over the first's, both scored on the same resampled data sets.
+
+    What makes a data set easy or hard is in both scores and cancels, so these intervals are narrower than the distance
+    of two intervals of `bootstrap_iou`.
+
+    Args:
+        first: `[N, C, C]`, one per photo.
+        second: those of the other model, of the same photos in the same order.
+        resamplings: how many data sets are drawn.
+        class_level: of the classes' intervals; the mIoU's is `LEVEL`.
+        seed: of the drawing.
+
+    Returns:
+        Low and high end, float64: of the mIoU's difference `[2]`, and of each class's `[2, C]`, NaN for a class that
+        either model's matrices lack.
+    """
+    before, after = _resampled_iou([first, second], resamplings, seed)
+    return _ends(after.nanmean(1) - before.nanmean(1), LEVEL), _ends(after - before, class_level)
+
+
+def _resampled_iou(stacks: list[Tensor], resamplings: int, seed: int) -> list[Tensor]:
+    """IoU `[resamplings, C]` of each stack of confusion matrices, all on the same resampled photos."""
+    photos = len(stacks[0])
+    parts = []
+    for confusions in stacks:
+        hits = confusions.diagonal(dim1=-2, dim2=-1)
+        truth = confusions.sum(-1)
+        parts.append((hits.double(), (truth + confusions.sum(-2) - hits).double(), truth.double()))
+    generator = np.random.default_rng(seed)
+    drawn: list[list[Tensor]] = [[] for _ in stacks]
     step = max(1, _CHUNK // photos)
     for start in range(0, resamplings, step):
         counts = generator.multinomial(photos, [1 / photos] * photos, size=min(step, resamplings - start))
         times = torch.from_numpy(counts).double()
-        iou = (times @ hits) / (times @ unions)
-        drawn.append(iou.masked_fill(known & (times @ truth == 0), torch.nan))
-    iou = torch.cat(drawn)
-    ends = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.float64)
-    return torch.nanquantile(iou.nanmean(1), ends), torch.nanquantile(iou, ends, dim=0)
+        for chunks, (hits, unions, truth) in zip(drawn, parts, strict=True):
+            missed = (times @ truth == 0) & (truth.sum(0) > 0)
+            chunks.append(((times @ hits) / (times @ unions)).masked_fill(missed, torch.nan))
+    return [torch.cat(chunks) for chunks in drawn]
+
+
+def _ends(drawn: Tensor, level: float) -> Tensor:
+    """Low and high end `[2, …]` of the middle share `level` of `[resamplings, …]`."""
+    ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+    return torch.nanquantile(drawn, ends, dim=0)

@@ -59,7 +59,7 @@ def connect() -> MlflowClient:
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)
     client = MlflowClient(uri, uri)
-    with _answering():
+    with answering():
         if client.get_experiment_by_name(EXPERIMENT) is None:
             local = f"file://{project_root()}/mlruns/artifacts" if uri.startswith("sqlite:") else None
             client.create_experiment(EXPERIMENT, artifact_location=local)
@@ -73,7 +73,7 @@ def start_run(name: str) -> str:
         PipelineError: the tracking server does not answer.
     """
     client = connect()
-    with _answering():
+    with answering():
         experiment = client.get_experiment_by_name(EXPERIMENT)
         assert experiment is not None
         # left open by a flow that was killed before it registered
@@ -92,12 +92,13 @@ def end_run(run_id: str, status: str) -> None:
         PipelineError: the tracking server does not answer.
     """
     client = connect()
-    with _answering():
+    with answering():
         client.set_terminated(run_id, status)
 
 
 @contextmanager
-def _answering() -> Iterator[None]:
+def answering() -> Iterator[None]:
+    """Within, a tracking server that is away or that refuses is a `PipelineError`."""
     try:
         yield
     except (MlflowException, OSError) as error:

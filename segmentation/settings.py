@@ -116,6 +116,13 @@ class EvaluateSettings(Section):
         return self
 
 
+class PromoteSettings(Section):
+    min_gain: float = Field(ge=-1, le=1)
+    max_class_drop: float = Field(ge=0, le=1)
+    max_latency_ratio: float = Field(gt=0)
+    bootstrap: int = Field(ge=1, le=50_000)
+
+
 class Settings(Section):
     fetch: FetchSettings
     preprocess: PreprocessSettings
@@ -125,6 +132,7 @@ class Settings(Section):
     encode: EncodeSettings
     train: TrainSettings
     evaluate: EvaluateSettings
+    promote: PromoteSettings
 
     @model_validator(mode="after")
     def _size_is_a_multiple_of_the_patch(self) -> Settings:

@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import requests
+from ruamel.yaml import YAML
 
 FLOW = """
 import subprocess
@@ -77,6 +78,10 @@ def services(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Services:
     for file in ("flows/__init__.py", "flows/services.py", "prefect.toml", "prefect.yaml"):
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(root / file, folder / file)
+    # deployed, but not run here: flows of one line
+    for entry in YAML(typ="safe").load((root / "prefect.yaml").read_text(encoding="utf-8"))["deployments"]:
+        file, name = entry["entrypoint"].split(":")
+        (folder / file).write_text(f"from prefect import flow\n\n\n@flow\ndef {name}(): ...\n", encoding="utf-8")
     (folder / "segmentation").mkdir()
     for name in ("__init__.py", "errors.py", "paths.py"):
         shutil.copy(root / "segmentation" / name, folder / "segmentation" / name)
@@ -131,6 +136,8 @@ def test_all_start_run_a_flow_and_stop_together(services: Services, running: sub
     assert deployments["voc2012"]["parameters"] == {}
     assert deployments["sample"]["parameters"]["overrides"]["fetch.source"] == "sample"
     assert deployments["sample"]["parameters"]["overrides"]["encoder.pretrained"] is False
+    assert requests.get(f"{services.api}/deployments/name/promote/champion", timeout=5).ok
+    assert requests.get(f"{services.api}/v2/concurrency_limits/gpu", timeout=5).json()["limit"] == 1
 
     url = f"{services.api}/deployments/{deployments['sample']['id']}/create_flow_run"
     run = requests.post(url, json={"state": {"type": "SCHEDULED"}}, timeout=5).json()

@@ -13,11 +13,13 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from PIL import Image
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
 from ruamel.yaml import YAML
 
 from flows.experiment import _hydra
 from flows.register import register
-from flows.train import train
+from flows.train import _gpu_slot, train
 from segmentation.errors import PipelineError
 from segmentation.images import read_mask
 from segmentation.predictor import Augmentation, Predictor
@@ -126,6 +128,7 @@ def test_the_same_run_again_trains_nothing_and_registers_nothing(checkout, caplo
     assert len(versions()) == 1
     assert "Stage 'train' is cached" in caplog.text
     assert "Running stage" not in caplog.text
+    assert "gpu" not in caplog.text  # this server has no such limit, and nobody need know
 
 
 def test_killed_before_the_aliases_moved_registering_again_completes_it(checkout, trained):
@@ -276,6 +279,17 @@ def test_what_the_user_can_mend_is_one_message(arguments, says, tmp_path, root):
     assert failed.returncode == 1
     assert says in failed.stderr
     assert "Traceback" not in failed.stderr
+
+
+def test_a_training_holds_the_slot_of_its_server(checkout):
+    with get_client(sync_client=True) as client:
+        client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name="gpu", limit=1))
+        try:
+            with _gpu_slot():
+                assert client.read_global_concurrency_limit_by_name("gpu").active_slots == 1
+            assert client.read_global_concurrency_limit_by_name("gpu").active_slots == 0
+        finally:
+            client.delete_global_concurrency_limit_by_name("gpu")
 
 
 def register_without_waiting():

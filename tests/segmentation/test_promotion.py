@@ -1,0 +1,193 @@
+"""Real versions in a real store; the photos are drawn, and the models are fitted in a second or not at all."""
+
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mlflow import MlflowClient
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from segmentation import model
+from segmentation.errors import PipelineError
+from segmentation.files import write_json
+from segmentation.images import mask_image, read_mask, read_photo
+from segmentation.metrics import class_iou
+from segmentation.model import ModelCard
+from segmentation.promotion import Pair, contest, decide
+from segmentation.registry import MODEL_NAME, connect, register
+from segmentation.settings import PromoteSettings
+from segmentation.versions import find_version, load_predictor
+
+# a limit for two models of one size on a busy machine; the rule itself is tested with the gate
+SETTINGS = PromoteSettings(min_gain=0.0, max_class_drop=0.05, max_latency_ratio=5.0, bootstrap=2000)
+CARD = ModelCard(
+    encoder="test_vit", trainable_blocks="all", decoder="linear", decoder_channels=[8, 8, 8, 8], decoder_norm="batch",
+    skip_connections=[], image_size=64, classes=["background", "patch"], encoder_weights="random", epoch=1,
+)  # fmt: skip
+TAGS = {"evaluation_set_sha256": "e" * 64, "data_hash": "d.dir", "data_checks": "passed", "experiment_commit": "c" * 40}
+WEAK, GOOD, CHANGED = "1", "2", "3"
+
+
+def draw() -> tuple[Tensor, Tensor]:
+    """Photos `[12, 3, 64, 64]` of a bright patch on dark noise, and their masks."""
+    generator = torch.Generator().manual_seed(0)
+    photos = torch.randint(0, 80, (12, 3, 64, 64), generator=generator, dtype=torch.uint8)
+    masks = torch.zeros(12, 64, 64, dtype=torch.uint8)
+    for photo, mask in zip(photos, masks, strict=True):
+        top, left = torch.randint(0, 35, (2,), generator=generator).tolist()
+        mask[top : top + 28, left : left + 24] = 1
+        photo[:, mask == 1] += 120
+    return photos, masks
+
+
+def png(image: Image.Image) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, "PNG")
+    return stream.getvalue()
+
+
+@pytest.fixture(scope="module")
+def pairs() -> list[Pair]:
+    photos, masks = draw()
+    return [
+        (png(Image.fromarray(photo.permute(1, 2, 0).numpy())), png(mask_image(mask.numpy())))
+        for photo, mask in zip(photos, masks, strict=True)
+    ]
+
+
+def unread() -> Iterator[Pair]:
+    raise AssertionError("the photos were read")
+    yield
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Iterator[MlflowClient]:
+    """A store with a model that learned nothing, one that is good, and that one with other code stored beside it."""
+    photos, masks = draw()
+    torch.manual_seed(0)
+    net = model.build(CARD)
+    folder = tmp_path_factory.mktemp("store")
+    (folder / "reports/training").mkdir(parents=True)
+    (folder / "reports/training/history.csv").write_text("epoch,val_miou\n1,0.5\n")
+    write_json(folder / "reports/evaluation/metrics.json", {"miou": 0.5})
+    (folder / "params.yaml").write_bytes((root / "params.yaml").read_bytes())
+    (folder / "dvc.lock").write_text("")
+
+    def add(number: str) -> None:
+        model.save(net.eval(), CARD, folder / "models")
+        assert register(folder, TAGS | {"experiment": number, "dvc_lock_sha256": number}).version == number
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlruns/mlflow.db")
+        add(WEAK)
+        optimiser = torch.optim.AdamW(net.train().parameters(), 3e-3)
+        for _ in range(60):
+            optimiser.zero_grad()
+            F.cross_entropy(net(photos), masks.long()).backward()
+            optimiser.step()
+        add(GOOD)
+        add(CHANGED)
+        change(code(CHANGED), "return mask.cpu().numpy()", "return mask.cpu().numpy()[::-1].copy()")
+        yield connect()
+
+
+def code(version: str) -> Path:
+    stored = connect().get_model_version_download_uri(MODEL_NAME, version).removeprefix("file://")
+    return Path(stored) / "code/segmentation/predictor.py"
+
+
+def change(file: Path, old: str, new: str) -> None:
+    text = file.read_text()
+    assert text.count(old) == 1
+    file.write_text(text.replace(old, new))
+
+
+@pytest.fixture(autouse=True)
+def held(client: MlflowClient) -> None:
+    client.set_registered_model_alias(MODEL_NAME, "champion", WEAK)
+
+
+def failed(decision: dict) -> list[str]:
+    return [check["name"] for check in decision["checks"] if not check["passed"]]
+
+
+def test_a_better_model_is_promoted_with_all_numbers_and_nothing_moves_yet(client, pairs):
+    decision = decide(contest(GOOD), iter(pairs), SETTINGS, None)
+    assert (decision["verdict"], decision["branch"], failed(decision)) == ("promote", "comparison", [])
+    assert decision["reasons"] == ["every check passed"]
+    assert decision["photos"] == 12
+    assert decision["thresholds"] == SETTINGS.model_dump()
+    assert (decision["champion"]["version"], decision["candidate"]["version"]) == (WEAK, GOOD)
+    assert decision["candidate"]["experiment_commit"] == "c" * 40
+    for role, version in (("champion", WEAK), ("candidate", GOOD)):
+        predictor = load_predictor(find_version(client, version))
+        confusion = torch.zeros(2, 2)
+        for photo, mask in pairs:
+            predicted, truth = predictor.mask(read_photo(photo)[0]).astype(int), read_mask(mask).astype(int)
+            confusion += torch.from_numpy(np.bincount((2 * truth + predicted).ravel(), minlength=4)).view(2, 2)
+        iou = class_iou(confusion).tolist()
+        assert decision["scores"][role]["miou"] == decision["comparison"]["miou"][role] == pytest.approx(np.mean(iou))
+        assert [one[role] for one in decision["comparison"]["classes"]] == pytest.approx(iou)
+        assert decision["scores"][role]["seconds"] > 0
+    assert decision["scores"]["candidate"]["miou"] > 0.8 > decision["scores"]["champion"]["miou"]
+    assert contest(GOOD).aliases["champion"] == WEAK
+    assert json.loads(json.dumps(decision, allow_nan=False))["scores"] == decision["scores"]
+
+
+def test_a_stored_model_that_gives_other_masks_is_refused_even_by_force(client, pairs):
+    client.set_registered_model_alias(MODEL_NAME, "champion", GOOD)
+    decision = decide(contest(CHANGED), pairs, SETTINGS, "the deadline")
+    assert decision["verdict"] == "refuse"
+    assert decision["force_reason"] == "the deadline"
+    assert failed(decision) == ["gain", "reproduction"]
+    assert "near-tie" in decision["reasons"][0]  # it is the champion's very weights
+    assert "other masks of 4 of 4 photos" in decision["reasons"][1]
+
+
+def test_a_first_champion_whose_stored_code_does_not_load_is_refused(client, pairs):
+    client.delete_registered_model_alias(MODEL_NAME, "champion")
+    change(code(CHANGED), "import numpy as np", "raise RuntimeError('no such luck')")
+    decision = decide(contest(CHANGED), pairs[:2], SETTINGS, None)
+    assert (decision["verdict"], decision["branch"], failed(decision)) == ("refuse", "first champion", ["reproduction"])
+    assert [check["name"] for check in decision["checks"]] == ["data_checks", "reproduction"]
+    assert decision["champion"] is decision["comparison"] is None
+    assert list(decision["scores"]) == ["candidate"]
+    assert "reloaded from the registry it fails: " in decision["reasons"][0]
+    assert "no such luck" in decision["reasons"][0]
+
+
+def test_another_evaluation_set_is_refused_unread_and_by_force_judged_without_the_champion(client, pairs):
+    found = contest(GOOD)
+    found.champion.tags.update(evaluation_set_sha256="f" * 64)
+    assert found.branch == "comparison"  # the same raw data at another training size
+    found.champion.tags.update(data_hash="other.dir")
+    found.candidate.tags.update(data_checks="failed")
+    decision = decide(found, unread(), SETTINGS, None)
+    assert (decision["verdict"], decision["branch"]) == ("refuse", "other evaluation set")
+    assert "evaluation set" in decision["reasons"][0]
+    decision = decide(found, pairs[:2], SETTINGS, "new data")
+    assert (decision["verdict"], decision["branch"], failed(decision)) == (
+        "promote", "other evaluation set", ["data_checks"],
+    )  # fmt: skip
+    assert decision["comparison"] is None
+    assert decision["reasons"] == ["forced: new data", "data_checks: the checks of its data: failed"]
+
+
+def test_the_champion_itself_is_left_as_it_is(client):
+    decision = decide(contest("champion"), unread(), SETTINGS, None)
+    assert (decision["verdict"], decision["branch"]) == ("keep", "already champion")
+
+
+def test_what_cannot_be_measured_is_one_message(client):
+    with pytest.raises(PipelineError, match="no version or alias '77'"):
+        contest("77")
+    client.create_model_version(MODEL_NAME, "file:///by/hand")
+    with pytest.raises(PipelineError, match=r"/4: lacks data_checks, data_hash, evaluation_set_sha256, experiment_com"):
+        contest("4")
