@@ -1,0 +1,90 @@
+"""Masks of a folder or a list of photos: as deployment `predict/folder`, or by hand with `python -m flows.predict`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from prefect import flow, get_run_logger, task
+from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.cache_policies import NO_CACHE
+
+from flows.local import without_server
+from segmentation.errors import PipelineError
+from segmentation.paths import project_root
+
+EVERY_SECONDS = 2.0
+
+
+@flow(name="predict")
+def predict(source: str, out: str | None = None, version: str = "champion", overlays: bool = False) -> dict[str, Any]:
+    """Predict the masks of all photos of a folder or a list; started again, it goes on where it was ended.
+
+    Args:
+        source: the folder with JPEG and PNG photos, at any depth, or a text file with the path of one photo a line; on
+            the worker's machine, relative paths from the checkout.
+        out: the folder that masks and table are written to; when empty, runs/predictions/ and the name of the source.
+        version: the model that predicts, by alias (champion, challenger, previous) or by version number.
+        overlays: also write each photo with its mask over it, half transparent.
+    """
+    photos = Path(source)
+    folder = Path(out) if out else project_root() / "runs" / "predictions" / photos.resolve().name
+    return predict_folder(photos, folder, version, overlays)
+
+
+@task(cache_policy=NO_CACHE)
+def predict_folder(source: Path, out: Path, which: str, overlays: bool) -> dict[str, Any]:
+    """All photos, one after the other, with a progress artifact."""
+    from segmentation.batch import predict_photos
+    from segmentation.registry import MODEL_NAME, connect
+    from segmentation.versions import find_version, load_predictor
+
+    version = find_version(connect(), which)
+    log = get_run_logger()
+    log.info("models:/%s/%s predicts %s into %s", MODEL_NAME, version.version, source, out)
+    artifact: Any = create_progress_artifact(0.0, key="predict-progress", description=f"Photos of {source}")
+    shown = time.monotonic()
+
+    def progress(done: int, total: int) -> None:
+        nonlocal shown
+        if done == total or time.monotonic() - shown > EVERY_SECONDS:
+            update_progress_artifact(artifact, 100 * done / total, f"{done} of {total} photos of {source}")
+            shown = time.monotonic()
+
+    outcome = predict_photos(load_predictor(version), version, source, out, overlays, progress)
+    if outcome.failed:
+        log.warning("%d photos failed; column `error` of %s says why", outcome.failed, outcome.table)
+    return {
+        "version": str(version.version),
+        "photos": outcome.photos,
+        "failed": outcome.failed,
+        "done_before": outcome.done_before,
+        "table": str(outcome.table),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description="Predict the masks of a folder or a list of photos here and now, without a Prefect server."
+    )
+    parser.add_argument("source", metavar="FOLDER_OR_LIST", help="a folder, or a text file with one path a line")
+    parser.add_argument("--out", metavar="DIR", help="where to write (default: runs/predictions/NAME)")
+    parser.add_argument("--version", default="champion", help="an alias or a version number (default: champion)")
+    parser.add_argument("--overlays", action="store_true", help="also write each photo with its mask over it")
+    arguments = parser.parse_args()
+    try:
+        with without_server():
+            result = predict(arguments.source, arguments.out, arguments.version, arguments.overlays)
+    except PipelineError as error:
+        sys.exit(f"error: {error}")
+    print(
+        f"\n  photos   {result['photos']}: {result['failed']} failed, {result['done_before']} were done before\n"
+        f"  table    {result['table']}\n"
+    )
+
+
+if __name__ == "__main__":
+    main()
