@@ -18,7 +18,7 @@ ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 DO_NOT_TRACK=true MLFLOW_DISABLE
 COPY requirements.lock /tmp/
 # without what only developers run
 RUN python3 -m venv /opt/venv \
- && grep -vE '^(import-linter|mypy|pandas-stubs|playwright|pytest|pytest-xdist|ruff|schemathesis|types-[a-z]+)==' \
+ && grep -vE '^(import-linter|kornia|mypy|pandas-stubs|playwright|pytest|pytest-xdist|ruff|schemathesis|types-[a-z]+)==' \
     /tmp/requirements.lock | grep -vE "${TORCH_INDEX:+^(cuda-|nvidia-|triton==)|}^#" > /tmp/requirements.txt \
  && python -m pip install --no-cache-dir ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} -r /tmp/requirements.txt \
  && rm /tmp/requirements.*
