@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import threading
 import time
@@ -58,8 +59,11 @@ class Champion:
         threading.Thread(target=self._watch, name="champion", daemon=True).start()
 
     def _watch(self) -> None:
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         while True:
             time.sleep(limits.POLL_SECONDS)
+            if trim:  # glibc would keep the memory of a replaced model, and of large photos
+                trim(0)
             before, self.trouble = self.trouble, self._look()
             if self.trouble and self.trouble != before:
                 log.warning("still serving version %s: %s", self.served.version, self.trouble)

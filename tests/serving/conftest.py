@@ -12,14 +12,13 @@ import numpy as np
 import psutil
 import pytest
 import requests
-import torch
 from PIL import Image
 
-from segmentation.files import write_json
+from benchmarks.serving import register_random
 from segmentation.images import mask_image, read_photo
-from segmentation.model import ModelCard, build, save
+from segmentation.model import ModelCard
 from segmentation.predictor import Augmentation, Predictor
-from segmentation.registry import MODEL_NAME, connect, register
+from segmentation.registry import MODEL_NAME, connect
 from segmentation.voc import CLASSES
 from tests.conftest import ROOT
 
@@ -27,21 +26,6 @@ CARD = ModelCard(
     encoder="vit_small_patch14_dinov2", trainable_blocks=1, decoder="linear", decoder_channels=[], decoder_norm="batch",
     skip_connections=[], image_size=56, classes=list(CLASSES), encoder_weights="random", epoch=1,
 )  # fmt: skip
-
-
-def register_random(folder: Path, seed: int, scale: float = 1.0) -> str:
-    """Register a model of random weights as a run's files are; returns its version."""
-    torch.manual_seed(seed)
-    model = build(CARD).eval()
-    with torch.no_grad():
-        model.decoder.head.weight.mul_(scale)
-    save(model, CARD, folder / "models")
-    (folder / "params.yaml").write_text("evaluate: {flip: true, scales: [1.0], sliding_window: false}\n")
-    (folder / "dvc.lock").write_text(f"schema: '{seed}'\n")
-    (folder / "reports/training").mkdir(parents=True)
-    (folder / "reports/training/history.csv").write_text("epoch,train_loss\n1,0.5\n")
-    write_json(folder / "reports/evaluation/metrics.json", {"miou": 0.25, "photos": 4})
-    return register(folder, {"experiment": f"seed-{seed}", "dvc_lock_sha256": f"{seed:064x}"}).version
 
 
 class Store:
@@ -55,7 +39,7 @@ class Store:
         with self.here():
             self.client = connect()
             for seed in (1, 2):
-                self.files[register_random(folder / f"run{seed}", seed)] = folder / f"run{seed}/models"
+                self.files[register_random(folder / f"run{seed}", CARD, seed, flip=True)] = folder / f"run{seed}/models"
 
     @contextmanager
     def here(self) -> Iterator[None]:

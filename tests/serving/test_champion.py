@@ -8,10 +8,11 @@ import time
 import pytest
 import requests
 
+from benchmarks.serving import register_random
 from segmentation.errors import PipelineError
 from segmentation.registry import MODEL_NAME
 from serving.__main__ import bind
-from tests.serving.conftest import Server, mask_png, photo, register_random
+from tests.serving.conftest import CARD, Server, mask_png, photo
 
 
 def health(server) -> dict:
@@ -70,7 +71,7 @@ def test_tags_and_aliases_of_the_champion_are_those_of_now(store, server):
 def test_a_champion_without_finite_logits_is_not_taken(store, server, tmp_path):
     body = photo(91, 64, 1)
     with store.here():
-        broken = register_random(tmp_path, 3, math.nan)
+        broken = register_random(tmp_path, CARD, 3, scale=math.nan)
     try:
         store.crown(broken)
         said = await_health(server, "degraded")
