@@ -31,6 +31,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # else a line at each try when MLflow is away
     log = logging.getLogger("serving")
     log.setLevel(logging.INFO)
     try:

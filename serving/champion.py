@@ -52,7 +52,7 @@ class Champion:
         self._client = connect()
         self._failed: tuple[str, float, PipelineError] | None = None
         self.served = self._load(find_version(self._client, ALIAS))
-        self.trouble: str | None = None
+        self.trouble: str | None = None  # shown to everybody: the log says more
 
     def watch(self) -> None:
         """Follow the champion until the process ends."""
@@ -64,24 +64,28 @@ class Champion:
             time.sleep(limits.POLL_SECONDS)
             if trim:  # glibc would keep the memory of a replaced model, and of large photos
                 trim(0)
-            before, self.trouble = self.trouble, self._look()
-            if self.trouble and self.trouble != before:
-                log.warning("still serving version %s: %s", self.served.version, self.trouble)
-            elif before and not self.trouble:
-                log.info("serving version %s, the champion again", self.served.version)
+            self._look()
 
-    def _look(self) -> str | None:
-        """Follow the alias; what keeps its model from being served, if anything does."""
+    def _look(self) -> None:
+        trouble = "the champion cannot be looked up"
         try:
             entry = find_version(self._client, ALIAS)
+            trouble = f"version {entry.version}, the champion, cannot be served"
             if str(entry.version) == self.served.version:
                 # tags and aliases may have changed; the model of a version never does
                 self.served = replace(self.served, entry=entry)
             else:
                 self._follow(entry)
         except Exception as error:  # whatever it is, what is loaded goes on being served
-            return " ".join(f"{error}".split()) or type(error).__name__
-        return None
+            if trouble != self.trouble:
+                log.warning(
+                    "still serving version %s: %s: %s", self.served.version, trouble, " ".join(f"{error}".split())
+                )
+            self.trouble = trouble
+        else:
+            if self.trouble:
+                log.info("serving version %s, the champion again", self.served.version)
+            self.trouble = None
 
     def _follow(self, entry: ModelVersion) -> None:
         if self._failed and self._failed[0] == str(entry.version) and time.monotonic() < self._failed[1]:
