@@ -218,7 +218,7 @@ def _check_lock(revision: Revision, lock: dict[str, Any], params: dict[str, Any]
     """Whether the results that `dvc.lock` names are those of the revision's parameters and code."""
     stages = lock["stages"].values()
     stale = {
-        f"params.yaml: {key}"  # a section, or one key of it with a dot
+        f"params.yaml: {key.partition('.')[0]}"  # the key is a section, or one key of it with a dot
         for stage in stages
         for key, value in stage.get("params", {}).get("params.yaml", {}).items()
         if _value(params, key) != value
