@@ -14,7 +14,8 @@ RUN apt-get update \
 
 # another index for torch and torchvision, which then bring the CUDA packages that they need, or none
 ARG TORCH_INDEX=
-ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 DO_NOT_TRACK=true MLFLOW_DISABLE_TELEMETRY=true
+ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 DO_NOT_TRACK=true MLFLOW_DISABLE_TELEMETRY=true \
+    PREFECT_SERVER_UI_STATIC_DIRECTORY=/tmp/prefect-ui
 COPY requirements.lock /tmp/
 # without what only developers run
 RUN python3 -m venv /opt/venv \
