@@ -8,9 +8,7 @@ import os
 import sqlite3
 import stat
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -33,7 +31,6 @@ from segmentation.predictor import Predictor
 SUFFIXES = {".jpg", ".jpeg", ".png"}
 TABLE = "predictions.parquet"
 RECORD = "predictions.sqlite"  # its presence also tells an output folder from a folder of photos
-AHEAD = 2  # photos decoded while one is predicted: more would only fill the memory
 ROWS = 10_000  # of the table, held in memory at once
 
 SCHEMA = pa.schema(
@@ -167,15 +164,13 @@ def _predict(
     if todo:
         (out / TABLE).unlink(missing_ok=True)
     before = len(photos) - len(todo)
-    bar = tqdm(total=len(photos), initial=before, desc="predict", unit="photo", disable=None)
-    with bar, ThreadPoolExecutor(1) as reader:
+    with tqdm(total=len(photos), initial=before, desc="predict", unit="photo", disable=None) as bar:
         progress(before, len(photos))
-        for done, (photo, reading) in enumerate(_ahead(reader, todo), before + 1):
-            row = _predict_one(predictor, photo, reading, out, overlays) | {"model_version": str(version.version)}
+        for done, photo in enumerate(todo, before + 1):
+            key, row = _predict_one(predictor, version, photo, out, overlays)
             with record:
                 record.execute(
-                    "INSERT OR REPLACE INTO photos VALUES (?, ?, ?)",
-                    (os.fsencode(photo.name), _key(row.pop("stat"), version), json.dumps(row)),
+                    "INSERT OR REPLACE INTO photos VALUES (?, ?, ?)", (os.fsencode(photo.name), key, json.dumps(row))
                 )
             bar.update()
             progress(done, len(photos))
@@ -205,11 +200,11 @@ def _is_done(record: sqlite3.Connection, photo: Photo, version: ModelVersion, ou
     try:
         return (
             row["error"] is None
-            and key == _key(_identity(photo.path), version)
+            and key == _key(photo.path, version)
             and mask.exists()
             and (overlay.exists() or not overlays)
         )
-    except (OSError, ValueError):
+    except (OSError, ValueError, PipelineError):
         return False
 
 
@@ -217,49 +212,33 @@ def _targets(out: Path, photo: Photo) -> tuple[Path, Path]:
     return out / "masks" / f"{photo.name}.png", out / "overlays" / f"{photo.name}.jpg"
 
 
-def _identity(path: Path) -> str:
-    """What tells whether a file has changed."""
+def _key(path: Path, version: ModelVersion) -> str:
+    """What a finished photo is known by: its file as it was, and the model."""
     found = path.stat()
     if not stat.S_ISREG(found.st_mode):  # a pipe would be waited for
         raise PipelineError(f"{path}: not a file")
-    return f"{found.st_size} {found.st_mtime_ns}"
-
-
-def _key(identity: str, version: ModelVersion) -> str:
     # the number alone is another model's in another store
-    return f"{identity} {version.version} {version.model_id}"
+    return f"{found.st_size} {found.st_mtime_ns} {version.version} {version.model_id}"
 
 
-def _ahead(reader: ThreadPoolExecutor, photos: list[Photo]) -> Iterator[tuple[Photo, Future[Any]]]:
-    """Photos with their decoding, which is done while those before them are predicted."""
-    waiting: deque[tuple[Photo, Future[Any]]] = deque()
-    for photo in photos:
-        waiting.append((photo, reader.submit(_read, photo.path)))
-        if len(waiting) > AHEAD:
-            yield waiting.popleft()
-    while waiting:
-        yield waiting.popleft()
-
-
-def _read(path: Path) -> tuple[str, Image.Image, float]:
-    started = time.perf_counter()
-    identity = _identity(path)  # first: what changes while it is read must be read again
-    return identity, read_photo(path)[0], time.perf_counter() - started
-
-
-def _predict_one(predictor: Predictor, photo: Photo, reading: Future[Any], out: Path, overlays: bool) -> dict[str, Any]:
-    """The row of one photo, with its files written, or with the error and without any file."""
-    row: dict[str, Any] = dict.fromkeys(SCHEMA.names) | {"path": str(photo.path), "stat": ""}
+def _predict_one(
+    predictor: Predictor, version: ModelVersion, photo: Photo, out: Path, overlays: bool
+) -> tuple[str, dict[str, Any]]:
+    """The key and the row of one photo, with its files written, or with the error and without any file."""
+    key, started = "", time.perf_counter()
+    row: dict[str, Any] = dict.fromkeys(SCHEMA.names)
+    row |= {"path": str(photo.path), "model_version": str(version.version)}
     mask_file, overlay_file = _targets(out, photo)
-    row["seconds"], started = 0.0, time.perf_counter()
     try:
-        row["stat"], picture, row["seconds"] = reading.result()
-        started = time.perf_counter()
+        key = _key(photo.path, version)  # first: what changes while it is read must be read again
+        picture, _ = read_photo(photo.path)
         row |= {"width": picture.width, "height": picture.height}
         mask = predictor.mask(picture)
         if overlays:
             with atomic_path(overlay_file) as temporary:
                 _overlay(picture, mask).save(temporary, quality=90)
+        else:  # one of an earlier state would pass for this mask's
+            overlay_file.unlink(missing_ok=True)
         with atomic_path(mask_file) as temporary:
             mask_image(mask).save(temporary)
         row |= {"mask": str(mask_file.relative_to(out)), **_shares(mask, predictor.card.classes)}
@@ -270,8 +249,8 @@ def _predict_one(predictor: Predictor, photo: Photo, reading: Future[Any], out: 
         for file in (mask_file, overlay_file):  # of an earlier state of the photo
             with suppress(OSError, ValueError):  # most often none is there
                 file.unlink()
-    row["seconds"] = round(row["seconds"] + time.perf_counter() - started, 4)
-    return row
+    row["seconds"] = round(time.perf_counter() - started, 4)
+    return key, row
 
 
 def _overlay(photo: Image.Image, mask: Pixels) -> Image.Image:

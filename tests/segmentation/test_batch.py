@@ -110,7 +110,9 @@ def test_only_what_changed_is_done_again(predictor, photos, tmp_path):
     (out / "masks/B.JPEG.png").unlink()  # a mask that is gone
     assert again(version()) == 3
     assert again(version(), overlays=True) == 0
+    assert len(list(out.rglob("overlays/**/*.jpg"))) == 4
     assert again(version("2", "m-2")) == 0  # a moved champion
+    assert not list(out.rglob("overlays/**/*.jpg"))  # those were of the other version's masks
     assert again(version("2", "m-9")) == 0  # the same number in another store
     assert set(table(out)["model_version"]) == {"2"}
     (photos / "b/x.jpg").unlink()
