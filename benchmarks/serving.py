@@ -34,11 +34,10 @@ import torch
 from segmentation.files import write_json
 from segmentation.images import read_photo
 from segmentation.model import ModelCard, build, save
-from segmentation.predictor import Augmentation, Predictor
+from segmentation.predictor import Augmentation, Predictor, mask_png
 from segmentation.registry import MODEL_NAME, connect, register
 from segmentation.sample import draw_sample
 from segmentation.voc import CLASSES, VocFolder
-from serving.worker import encode
 
 ROUNDS = 12
 PHOTOS = 16
@@ -101,7 +100,7 @@ def measure(folder: Path, clients: int, seconds: float) -> dict[str, Any]:
         version: Predictor.load(folder / f"run{seed}" / "models", Augmentation())
         for seed, version in enumerate(versions, 1)
     }
-    masks = {version: [mask_png(predictor, photo) for photo in photos] for version, predictor in predictors.items()}
+    masks = {version: [predicted(predictor, photo) for photo in photos] for version, predictor in predictors.items()}
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
@@ -158,16 +157,16 @@ def measure(folder: Path, clients: int, seconds: float) -> dict[str, Any]:
     return measured
 
 
-def mask_png(predictor: Predictor, photo: bytes) -> bytes:
+def predicted(predictor: Predictor, photo: bytes) -> bytes:
     """The plain predictor's way from a photo's bytes to a mask's."""
-    return encode(predictor.mask(read_photo(photo)[0]))
+    return mask_png(predictor.mask(read_photo(photo)[0]))
 
 
 def plain(predictor: Predictor, photos: list[bytes], seconds: float) -> dict[str, float]:
     """Speed of a loop in this process alone."""
     started, cpu, done = time.perf_counter(), time.process_time(), 0
     while time.perf_counter() - started < seconds:
-        mask_png(predictor, photos[done % len(photos)])
+        predicted(predictor, photos[done % len(photos)])
         done += 1
     return {
         "masks_a_second": done / (time.perf_counter() - started),
@@ -185,6 +184,7 @@ class Load:
 
     def __init__(self, port: int, photos: list[bytes], masks: dict[str, list[bytes]], server: psutil.Process) -> None:
         self.port, self.photos, self.masks, self.server = port, photos, masks, server
+        self.lock = threading.Lock()
         self.statuses: Counter[int] = Counter()
         self.versions: Counter[str] = Counter()
         self.wrong = 0
@@ -222,7 +222,7 @@ class Load:
             connection.request("POST", "/segment", self.photos[at], {"Content-Type": "image/jpeg"})
             answer = connection.getresponse()
             body, version = answer.read(), answer.getheader("Model-Version", "")
-            with LOCK:
+            with self.lock:
                 self.statuses[answer.status] += 1
                 if answer.status == 200:
                     self.seconds.append(time.perf_counter() - began)
@@ -232,8 +232,6 @@ class Load:
                 time.sleep(float(answer.getheader("Retry-After", "1")))
         connection.close()
 
-
-LOCK = threading.Lock()
 
 if __name__ == "__main__":
     main()

@@ -11,14 +11,22 @@ from pathlib import Path
 
 from prefect.settings import PREFECT_API_URL, PREFECT_SERVER_ALLOW_EPHEMERAL_MODE, temporary_settings
 
+from segmentation.errors import PipelineError
+
 
 @contextmanager
-def without_server() -> Iterator[None]:
-    """Within, flows run against a temporary in-process API, whatever server `prefect.toml` names."""
+def by_hand() -> Iterator[None]:
+    """Within, flows run against a temporary in-process API, whatever server `prefect.toml` names.
+
+    An error that the user can mend ends the process with its message.
+    """
     # in a session of its own: what ends this process's group must not end it first
     subprocess.Popen(
         [sys.executable, str(Path(__file__).with_name("reaper.py")), str(os.getpid())],
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
     with temporary_settings({PREFECT_SERVER_ALLOW_EPHEMERAL_MODE: True}, restore_defaults={PREFECT_API_URL}):
-        yield
+        try:
+            yield
+        except PipelineError as error:
+            sys.exit(f"error: {error}")

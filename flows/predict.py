@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,7 @@ from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE
 
-from flows.local import without_server
-from segmentation.errors import PipelineError
+from flows.local import by_hand
 from segmentation.paths import project_root
 
 EVERY_SECONDS = 2.0
@@ -75,11 +73,8 @@ def main() -> None:
     parser.add_argument("--version", default="champion", help="an alias or a version number (default: champion)")
     parser.add_argument("--overlays", action="store_true", help="also write each photo with its mask over it")
     arguments = parser.parse_args()
-    try:
-        with without_server():
-            result = predict(arguments.source, arguments.out, arguments.version, arguments.overlays)
-    except PipelineError as error:
-        sys.exit(f"error: {error}")
+    with by_hand():
+        result = predict(arguments.source, arguments.out, arguments.version, arguments.overlays)
     print(
         f"\n  photos   {result['photos']}: {result['failed']} failed, {result['done_before']} were done before\n"
         f"  table    {result['table']}\n"

@@ -15,7 +15,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed
 
 from flows import experiment
-from flows.local import without_server
+from flows.local import by_hand
 from segmentation import aliases
 from segmentation.errors import PipelineError
 from segmentation.paths import project_root
@@ -49,11 +49,12 @@ def promote(candidate: str = "challenger", force_reason: str | None = None) -> d
     settings = load_settings(project_root() / "params.yaml").promote
     found = contest(candidate)
     decision = decide(found, settings, force_reason)
-    why = record(decision)
+    version, champion = decision["candidate"]["version"], decision["champion"]
+    why = record(version, "decision", decision)
     publish(decision, why)
     if decision["verdict"] == "promote":
-        move(decision, why)
-    text = f"version {decision['candidate']['version']}: {'; '.join(decision['reasons'])}"
+        move(version, champion["version"] if champion else None, why)
+    text = f"version {version}: {'; '.join(decision['reasons'])}"
     state: Any = Completed(name=OUTCOMES[decision["verdict"]], message=text, data=decision)  # callers get the data
     return state
 
@@ -68,9 +69,9 @@ def decide(found: Contest, settings: PromoteSettings, force_reason: str | None) 
 
 
 @task(cache_policy=NO_CACHE, retries=2, retry_delay_seconds=5)
-def record(decision: dict[str, Any]) -> str:
-    """The decision to the candidate's MLflow run; a tracking server that is away is tried again."""
-    return aliases.record(decision["candidate"]["version"], "decision", decision)
+def record(version: str, kind: str, content: dict[str, Any]) -> str:
+    """Why, to the MLflow run of a version; a tracking server that is away is tried again."""
+    return aliases.record(version, kind, content)
 
 
 @task(cache_policy=NO_CACHE)
@@ -88,10 +89,9 @@ def publish(decision: dict[str, Any], why: str) -> None:
 
 
 @task(cache_policy=NO_CACHE)
-def move(decision: dict[str, Any], why: str) -> dict[str, str]:
+def move(champion: str, expected: str | None, why: str) -> dict[str, str]:
     """The aliases, after a second look at the champion; not tried again: who overtook this run has the last word."""
-    champion = decision["champion"]
-    held = aliases.move(decision["candidate"]["version"], champion["version"] if champion else None, why)
+    held = aliases.move(champion, expected, why)
     get_run_logger().info("aliases: %s", ", ".join(f"{alias} {version}" for alias, version in sorted(held.items())))
     return held
 
@@ -138,11 +138,8 @@ def main() -> None:
     )
     parser.add_argument("--force", metavar="REASON", help="promote it whatever the comparison says; the reason is kept")
     arguments = parser.parse_args()
-    try:
-        with without_server():
-            decision = promote(arguments.version, arguments.force)
-    except PipelineError as error:
-        sys.exit(f"error: {error}")
+    with by_hand():
+        decision = promote(arguments.version, arguments.force)
     print(f"{OUTCOMES[decision['verdict']]}: models:/{MODEL_NAME}/{decision['candidate']['version']}")
     for reason in decision["reasons"]:
         print(f"  {reason}")

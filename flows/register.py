@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
 from flows.experiment import Revision, copy_out, find_revision, lineage
-from flows.local import without_server
-from segmentation.errors import PipelineError
+from flows.local import by_hand
 from segmentation.registry import MODEL_NAME, Registered
 
 
@@ -38,11 +36,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("revision", help="an experiment's name (`dvc exp list`) or a git revision, such as HEAD")
     arguments = parser.parse_args()
-    try:
-        with without_server():
-            version = register(arguments.revision)
-    except PipelineError as error:
-        sys.exit(f"error: {error}")
+    with by_hand():
+        version = register(arguments.revision)
     print(f"registered: models:/{MODEL_NAME}/{version}")
 
 

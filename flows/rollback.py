@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import Any
 
-from prefect import flow, get_run_logger, task
+from prefect import flow
 from prefect.artifacts import create_markdown_artifact
-from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed
 
-from flows.local import without_server
+from flows.local import by_hand
+from flows.promote import move, record
 from segmentation import aliases
 from segmentation.errors import PipelineError
 from segmentation.registry import MODEL_NAME
@@ -36,23 +35,17 @@ def rollback(reason: str) -> dict[str, str]:
             f"models:/{MODEL_NAME}@previous: {'is the champion itself' if previous else 'no version has this alias'}, "
             "so there is nothing to return to; `python -m flows.promote --version N` asks the gate about any version"
         )
-    why = record({**aliases.stamp(), "reason": reason, "from": champion, "to": previous, "aliases": held})
+    content = {**aliases.stamp(), "reason": reason, "from": champion, "to": previous, "aliases": held}
+    why = record(champion or previous, "rollback", content)  # on the version that is taken back
     create_markdown_artifact(
         key="rollback",
         description=f"version {champion} back to {previous}",
         markdown=f"# Rollback from version {champion} to {previous}\n\n{reason}\n\n`{why}`",
     )
-    moved = aliases.move(previous, champion, why)
-    get_run_logger().info("aliases: %s", ", ".join(f"{alias} {version}" for alias, version in sorted(moved.items())))
+    moved = move(previous, champion, why)
     message = f"version {previous} is the champion again, instead of {champion}: {reason}"
     state: Any = Completed(name="Rolled back", message=message, data=moved)  # callers get the data
     return state
-
-
-@task(cache_policy=NO_CACHE, retries=2, retry_delay_seconds=5)
-def record(content: dict[str, Any]) -> str:
-    """Why, to the MLflow run of the version that is taken back; a tracking server that is away is tried again."""
-    return aliases.record(content["from"] or content["to"], "rollback", content)
 
 
 def main() -> None:
@@ -62,11 +55,8 @@ def main() -> None:
     )
     parser.add_argument("reason", help="why, for the record")
     arguments = parser.parse_args()
-    try:
-        with without_server():
-            moved = rollback(arguments.reason)
-    except PipelineError as error:
-        sys.exit(f"error: {error}")
+    with by_hand():
+        moved = rollback(arguments.reason)
     print(f"champion: models:/{MODEL_NAME}/{moved['champion']}, previous: models:/{MODEL_NAME}/{moved['previous']}")
 
 

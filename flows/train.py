@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from ruamel.yaml.error import YAMLError
 
 from flows import experiment
 from flows.experiment import Revision
-from flows.local import without_server
+from flows.local import by_hand
 from flows.register import register_model
 from flows.services import GPU
 from segmentation.errors import PipelineError
@@ -170,7 +169,7 @@ def main() -> None:
     parser.add_argument("--in-place", action="store_true", help="run in the checkout, not in a temporary copy")
     arguments = parser.parse_args()
     yaml = YAML(typ="safe")
-    try:
+    with by_hand():
         overrides = _deployment_overrides(arguments.deployment) if arguments.deployment else {}
         for setting in arguments.set:
             key, separator, value = setting.partition("=")
@@ -181,10 +180,7 @@ def main() -> None:
             except YAMLError as error:
                 reason = str(error).splitlines()[0]
                 raise PipelineError(f"--set {setting}: {value!r} is no YAML value: {reason}; quote it") from None
-        with without_server():
-            result = train(overrides, isolated=not arguments.in_place)
-    except PipelineError as error:
-        sys.exit(f"error: {error}")
+        result = train(overrides, isolated=not arguments.in_place)
     aliases = ", ".join(f"models:/{MODEL_NAME}@{alias}" for alias in result["aliases"])
     print(
         f"\n  mIoU            {result['miou']:.4f} on the val split (pixel accuracy {result['pixel_accuracy']:.4f})\n"

@@ -15,7 +15,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
@@ -26,7 +25,7 @@ from tqdm import tqdm
 from segmentation.errors import PipelineError
 from segmentation.files import atomic_path
 from segmentation.images import Pixels, mask_image, read_photo
-from segmentation.predictor import Predictor
+from segmentation.predictor import Predictor, class_shares
 
 SUFFIXES = {".jpg", ".jpeg", ".png"}
 TABLE = "predictions.parquet"
@@ -241,7 +240,9 @@ def _predict_one(
             overlay_file.unlink(missing_ok=True)
         with atomic_path(mask_file) as temporary:
             mask_image(mask).save(temporary)
-        row |= {"mask": str(mask_file.relative_to(out)), **_shares(mask, predictor.card.classes)}
+        shares = class_shares(mask)
+        names = [predictor.card.classes[label] for label in shares]
+        row |= {"mask": str(mask_file.relative_to(out)), "classes": names, "shares": list(shares.values())}
     except Exception as error:  # whatever it is, the next photo may be better
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -256,13 +257,6 @@ def _predict_one(
 def _overlay(photo: Image.Image, mask: Pixels) -> Image.Image:
     blend = Image.blend(photo, mask_image(mask).convert("RGB"), 0.5)
     return Image.composite(blend, photo, Image.fromarray(mask != 0))
-
-
-def _shares(mask: Pixels, classes: list[str]) -> dict[str, Any]:
-    """The classes in a mask, the largest first, and their shares of its pixels."""
-    counts = np.bincount(mask.reshape(-1), minlength=len(classes))
-    order = [label for label in np.argsort(-counts, kind="stable") if counts[label]]
-    return {"classes": [classes[label] for label in order], "shares": [counts[label] / mask.size for label in order]}
 
 
 def _write_table(record: sqlite3.Connection, photos: list[Photo], path: Path) -> int:

@@ -152,14 +152,15 @@ def checkpoint_path(settings: EncoderSettings) -> Path | None:
     return project_root() / Path(settings.checkpoint).expanduser() if settings.checkpoint else None
 
 
-def check_encoder(settings: EncoderSettings, image_size: int, skip_connections: Sequence[int]) -> None:
-    """Build the encoder and load its weights, so that what is wrong with either shows before hours of other work.
+def create_encoder(settings: EncoderSettings, image_size: int, skip_connections: Sequence[int]) -> Encoder:
+    """The encoder that the settings describe, with the weights that training starts from.
 
     Raises:
         PipelineError: as `Encoder` and `load_weights`.
     """
     encoder = Encoder(settings.name, image_size, settings.trainable_blocks, skip_connections)
     load_weights(encoder, settings.pretrained, checkpoint_path(settings))
+    return encoder
 
 
 def load_weights(encoder: Encoder, pretrained: bool, checkpoint: Path | None) -> None:

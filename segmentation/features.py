@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from segmentation.data import PairDataset, split_ids
-from segmentation.encoder import Encoder, checkpoint_path, load_weights
+from segmentation.encoder import Encoder, create_encoder
 from segmentation.errors import PipelineError
 from segmentation.files import atomic_path, sha256_file, sha256_json, write_json
 from segmentation.settings import Settings
@@ -93,13 +93,7 @@ def encode(settings: Settings, processed: Path, features: Path, scratch: Path) -
         write_json(features / "features.json", {"not_cached": reason})
         return
     torch.manual_seed(settings.train.seed)  # of random weights: those that training starts from
-    encoder = Encoder(
-        settings.encoder.name,
-        settings.preprocess.image_size,
-        settings.encoder.trainable_blocks,
-        settings.decoder.skip_connections,
-    )
-    load_weights(encoder, settings.encoder.pretrained, checkpoint_path(settings.encoder))
+    encoder = create_encoder(settings.encoder, settings.preprocess.image_size, settings.decoder.skip_connections)
     manifest = processed / "manifest.parquet"
     card = _describe(encoder, settings.preprocess.image_size, manifest, settings.train.horizontal_flip > 0)
     store = scratch / "features" / _key(card)
@@ -110,10 +104,8 @@ def encode(settings: Settings, processed: Path, features: Path, scratch: Path) -
         _check_room(encoder, card, missing, store)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         encoder.eval().to(device)
-        with tqdm(
-            total=sum(len(part) for *_, part in shards), initial=sum(len(s[2]) for s in shards if s not in missing),
-            desc="encode", unit="photo", disable=None,
-        ) as bar:  # fmt: skip
+        photos, new = (sum(len(part) for *_, part in some) for some in (shards, missing))
+        with tqdm(total=photos, initial=photos - new, desc="encode", unit="photo", disable=None) as bar:
             for split, number, part in missing:
                 tokens = _encode(encoder, processed, part, card.mirrored and split == "train", device, bar)
                 _save(store / _shard_name(split, number), tokens)
@@ -122,7 +114,6 @@ def encode(settings: Settings, processed: Path, features: Path, scratch: Path) -
         write_json(features / "features.json", card.model_dump())
     _forget_others(store)
     size = sum(path.stat().st_size for path in features.iterdir())
-    photos = sum(len(part) for *_, part in shards)
     print(f"encode: {photos} photos, {len(missing)} of {len(shards)} shards new, {size / 1e6:.0f} MB")
 
 
@@ -174,9 +165,8 @@ def _key(card: FeatureCard) -> str:
     """Hash of everything that the tokens depend on."""
     code = {name: sha256_file(Path(__file__).with_name(f"{name}.py")) for name in ("encoder", "features")}
     packages = {name: version(name) for name in ("timm", "torch")}
-    return sha256_json({**card.model_dump(), "code": code, "packages": packages, "cuda": torch.cuda.is_available()})[
-        :16
-    ]
+    machine = {"code": code, "packages": packages, "cuda": torch.cuda.is_available()}
+    return sha256_json(card.model_dump() | machine)[:16]
 
 
 def _shards(ids: list[str]) -> Iterator[tuple[int, list[str]]]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +16,7 @@ from torch import Tensor
 
 from segmentation import model as model_files
 from segmentation.decoder import upsample
-from segmentation.images import Pixels, resize_photo
+from segmentation.images import Pixels, mask_image, resize_photo
 from segmentation.model import ModelCard, Segmenter
 
 
@@ -31,6 +34,11 @@ class Augmentation:
     flip: bool = False
     scales: tuple[float, ...] = (1.0,)
     sliding_window: bool = False
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Augmentation:
+        """That of a registered model's configuration."""
+        return cls(config["flip"], tuple(config["scales"]), config["sliding_window"])
 
 
 @dataclass(frozen=True)
@@ -111,6 +119,20 @@ class Predictor:
                 total[here] += self.model(pixels[None][here])[0].float()
                 windows[here] += 1
         return total / windows
+
+
+def mask_png(mask: Pixels) -> bytes:
+    """A mask `[H, W]` as the palette PNG that the registered model and the server give."""
+    stream = io.BytesIO()
+    mask_image(mask).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def class_shares(mask: Pixels) -> dict[int, float]:
+    """The classes in a mask `[H, W]`, the largest first, each with its share of the pixels."""
+    counts = np.bincount(mask.ravel())
+    order = np.argsort(-counts, kind="stable")
+    return {int(label): float(counts[label] / mask.size) for label in order if counts[label]}
 
 
 def window_starts(length: int, window: int) -> list[int]:

@@ -5,7 +5,6 @@ MLflow runs this file to load the model (models from code), so what it imports i
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,8 @@ import pandas as pd
 from mlflow.models import set_model
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
-from segmentation.images import mask_image, read_photo
-from segmentation.predictor import Augmentation, Predictor
+from segmentation.images import read_photo
+from segmentation.predictor import Augmentation, Predictor, mask_png
 
 
 class SegmentationModel(PythonModel):
@@ -25,8 +24,7 @@ class SegmentationModel(PythonModel):
     """
 
     def load_context(self, context: PythonModelContext) -> None:
-        config = context.model_config or {}
-        augmentation = Augmentation(config["flip"], tuple(config["scales"]), config["sliding_window"])
+        augmentation = Augmentation.from_config(context.model_config or {})
         self.predictor = Predictor.load(Path(context.artifacts["model"]), augmentation)
 
     def predict(
@@ -36,9 +34,7 @@ class SegmentationModel(PythonModel):
 
     def _mask_png(self, image: bytes) -> bytes:
         photo, _ = read_photo(image)
-        stream = io.BytesIO()
-        mask_image(self.predictor.mask(photo)).save(stream, "PNG")
-        return stream.getvalue()
+        return mask_png(self.predictor.mask(photo))
 
 
 set_model(SegmentationModel())

@@ -13,7 +13,7 @@ from ruamel.yaml import YAML
 
 from segmentation.errors import PipelineError
 from segmentation.predictor import Augmentation, Predictor
-from segmentation.registry import MODEL_NAME, tracking_uri
+from segmentation.registry import MODEL_NAME, answering, tracking_uri
 
 
 def find_version(client: MlflowClient, which: str) -> ModelVersion:
@@ -22,17 +22,18 @@ def find_version(client: MlflowClient, which: str) -> ModelVersion:
     Raises:
         PipelineError: there is none, or the tracking server does not answer.
     """
-    try:
-        if which.isdecimal():
-            return client.get_model_version(MODEL_NAME, which)
-        return client.get_model_version_by_alias(MODEL_NAME, which)
-    except MlflowException as error:
-        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+    with answering():
+        try:
+            if which.isdecimal():
+                return client.get_model_version(MODEL_NAME, which)
+            return client.get_model_version_by_alias(MODEL_NAME, which)
+        except MlflowException as error:
+            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise
             raise PipelineError(
                 f"models:/{MODEL_NAME}: {tracking_uri()} has no version or alias {which!r}; `python -m flows.train` "
                 "registers one"
             ) from None
-        raise PipelineError(f"MLFLOW_TRACKING_URI: {tracking_uri()} does not answer: {error}") from None
 
 
 def load_predictor(version: ModelVersion) -> Predictor:
@@ -51,6 +52,5 @@ def load_predictor(version: ModelVersion) -> Predictor:
         except (MlflowException, OSError) as error:
             raise PipelineError(f"models:/{MODEL_NAME}/{version.version}: cannot be had: {error}") from None
         flavour = YAML(typ="safe").load((folder / "MLmodel").read_text(encoding="utf-8"))["flavors"]["python_function"]
-        views = flavour["config"]
-        augmentation = Augmentation(views["flip"], tuple(views["scales"]), views["sliding_window"])
+        augmentation = Augmentation.from_config(flavour["config"])
         return Predictor.load(folder / flavour["artifacts"]["model"]["path"], augmentation)

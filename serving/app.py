@@ -14,6 +14,7 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from starlette.exceptions import HTTPException
 
 from segmentation.images import Pixels
+from segmentation.predictor import class_shares
 from segmentation.registry import MODEL_NAME
 from segmentation.voc import palette
 from serving import limits
@@ -149,13 +150,8 @@ def classes(served: Served) -> list[SegmentationClass]:
 def describe(served: Served, mask: Pixels) -> Segmentation:
     """The classes of a mask `[H, W]` and their shares, the largest first."""
     height, width = mask.shape
-    counts = np.bincount(mask.ravel(), minlength=len(served.predictor.card.classes))
-    present = [
-        ClassShare(**named.model_dump(), share=counts[named.id] / mask.size)
-        for named in classes(served)
-        if counts[named.id]
-    ]
-    present.sort(key=lambda found: -found.share)
+    named = classes(served)
+    present = [ClassShare(**named[label].model_dump(), share=share) for label, share in class_shares(mask).items()]
     return Segmentation(model_version=served.version, width=width, height=height, classes=present)
 
 

@@ -15,8 +15,8 @@ from PIL import Image
 from starlette.requests import ClientDisconnect
 
 from segmentation.errors import PipelineError
-from segmentation.images import Pixels, mask_image, read_photo
-from segmentation.predictor import Predictor, mask_at
+from segmentation.images import Pixels, read_photo
+from segmentation.predictor import Predictor, mask_at, mask_png
 from serving import limits
 from serving.champion import Champion, Served
 from serving.http import Refused
@@ -115,7 +115,7 @@ class Worker:
         loop = asyncio.get_running_loop()
         photo = await loop.run_in_executor(self._code, decode, body)
         mask = await loop.run_in_executor(self._predict, self._timed, served.predictor, photo)
-        return Result(served, mask, await loop.run_in_executor(self._code, encode, mask))
+        return Result(served, mask, await loop.run_in_executor(self._code, mask_png, mask))
 
     def _timed(self, predictor: Predictor, photo: Image.Image) -> Pixels:
         self._since = time.monotonic()
@@ -153,10 +153,3 @@ def decode(body: bytes) -> Image.Image:
         return read_photo(body)[0]
     except PipelineError as error:
         raise Refused(422, damaged, f"{error}") from None
-
-
-def encode(mask: Pixels) -> bytes:
-    """A mask as a palette PNG, the bytes that the registered model gives."""
-    stream = io.BytesIO()
-    mask_image(mask).save(stream, "PNG")
-    return stream.getvalue()

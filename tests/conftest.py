@@ -6,9 +6,10 @@ import sys
 import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-# two test processes on two cores: with two threads each they would mostly wait for each other
+# several test processes on two cores: with two threads each they would mostly wait for each other
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import flows  # noqa: F401  switches telemetry off before MLflow, Prefect and DVC are imported
@@ -57,6 +58,19 @@ def environment() -> dict[str, str]:
     return env | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}", "PYTHONUNBUFFERED": "1"}
 
 
+@pytest.fixture(scope="module")
+def browser():
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if found is None:
+        pytest.skip("no Chromium on this machine: apt-get install chromium")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])  # CI runs as root
+        yield started
+        started.close()
+
+
 @pytest.fixture(scope="session")
 def new_checkout(tmp_path_factory):
     """Makes checkouts of the working tree as it is: a git and DVC repository each, with one commit."""
@@ -86,3 +100,13 @@ def png_declaring(width: int, height: int, bits: int = 8, kind: int = 2, rows: b
 
     header = struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def contrast(*colours):
+    """WCAG's, of two CSS colours."""
+    light = []
+    for colour in colours:
+        channels = np.array([int(part) for part in colour.removeprefix("rgb(").rstrip(")").split(",")]) / 255
+        linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+        light.append(float(linear @ (0.2126, 0.7152, 0.0722)))
+    return (max(light) + 0.05) / (min(light) + 0.05)

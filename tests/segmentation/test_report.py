@@ -16,6 +16,7 @@ from segmentation.images import mask_image, resize_mask
 from segmentation.report import _setting, _table, write_report
 from segmentation.settings import load_settings
 from segmentation.voc import VocFolder
+from tests.conftest import contrast
 
 HOSTILE = '<b>cat & "dog"</b>'
 CLASSES = ["background", HOSTILE, "NA"]  # the last one is in no photo, and its name is text
@@ -155,19 +156,6 @@ def inputs(tmp_path_factory, root):
 
 
 @pytest.fixture(scope="module")
-def browser():
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if found is None:
-        pytest.skip("no Chromium on this machine: apt-get install chromium")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])  # CI runs as root
-        yield started
-        started.close()
-
-
-@pytest.fixture(scope="module")
 def opened(inputs, browser):
     """The page as a browser shows it, and all that the browser had to say or to fetch."""
     path = inputs.write()
@@ -220,16 +208,6 @@ def test_text_can_be_read_in_light_and_dark(opened):
                 selector,
             )
             assert contrast(text, ground) >= 4.5, (scheme, selector)
-
-
-def contrast(*colours):
-    """WCAG's, of two CSS colours."""
-    light = []
-    for colour in colours:
-        channels = np.array([int(part) for part in colour.removeprefix("rgb(").rstrip(")").split(",")]) / 255
-        linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
-        light.append(float(linear @ (0.2126, 0.7152, 0.0722)))
-    return (max(light) + 0.05) / (min(light) + 0.05)
 
 
 def test_the_structure_is_that_of_a_document(opened):

@@ -2,28 +2,14 @@
 
 import base64
 import io
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from tests.segmentation.test_report import contrast
+from tests.conftest import contrast
 from tests.serving.conftest import mask_png, photo
-
-
-@pytest.fixture(scope="module")
-def browser():
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if found is None:
-        pytest.skip("no Chromium on this machine: apt-get install chromium")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])  # CI runs as root
-        yield started
-        started.close()
 
 
 @pytest.fixture
@@ -120,6 +106,8 @@ def test_opacity_and_outlines_change_what_is_seen(page, drawn):
 
 
 def test_all_of_it_works_by_keyboard(page, drawn):
+    # the browser is told to hand over file choosers without waiting for its answer: tell it before the key is pressed
+    page.on("filechooser", lambda _: None)
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.id") == "file"
     assert page.evaluate("getComputedStyle(document.querySelector('.drop')).outlineStyle") == "solid"
