@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -68,15 +69,18 @@ def evaluate(
     kept = None
     if predictor.augmentation == Augmentation():
         kept = open_features(features, predictor.model.encoder, predictor.card.image_size, manifest)
+
+    def logits(position: int) -> Tensor:
+        """Of a val photo, from its kept tokens where there are any."""
+        if kept is None:
+            return predictor.logits(read_photo(folder.photo(ids[position]))[0])
+        return predictor.logits_of(kept.tokens("val", position))
+
     started, sizes, scored = time.perf_counter(), [], []
     for position, identifier in enumerate(tqdm(ids, desc="evaluate", unit="photo", disable=None)):
         truth = read_mask(folder.mask(identifier))
         sizes.append(truth.shape[::-1])
-        if kept is None:
-            logits = predictor.logits(read_photo(folder.photo(identifier))[0])
-        else:
-            logits = predictor.logits_of(kept.tokens("val", position))
-        scored.append(_score(logits, truth, predictor.card.image_size))
+        scored.append(_score(logits(position), truth, predictor.card.image_size))
     seconds = (time.perf_counter() - started) / len(ids)
     confusions, small, border, reliability = (torch.stack(counts) for counts in zip(*scored, strict=True))
     if not confusions.any():
@@ -120,7 +124,7 @@ def evaluate(
         ("worst", ranked.head(WORST)),
         ("best", ranked.tail(BEST)[::-1]),
     ):
-        draw_panels(reports / f"{name}.png", _predict_again(predictor, folder, rows), classes)
+        draw_panels(reports / f"{name}.png", _predict_again(logits, folder, rows), classes)
     draw_confusion(reports / "confusion.png", confusion.numpy(), classes)
     draw_per_class(reports / "per_class.png", per_class)
     draw_reliability(reports / "reliability.png", bins, error)
@@ -200,11 +204,17 @@ def _defined(scores: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in inner.items() if not (isinstance(value, float) and math.isnan(value))}
 
 
-def _predict_again(predictor: Predictor, folder: VocFolder, rows: pd.DataFrame) -> list[Drawn]:
-    """Photo, truth and prediction of some rows of `per_image.csv`; of all photos they would fill the memory."""
+def _predict_again(logits: Callable[[int], Tensor], folder: VocFolder, rows: pd.DataFrame) -> list[Drawn]:
+    """Photo, truth and prediction of some rows of `per_image.csv`; of all photos they would fill the memory.
+
+    Args:
+        logits: of the val photo at a position; the rows' index is that position.
+        folder: photos and masks.
+        rows: of the table.
+    """
     drawn = []
-    for identifier, score in zip(rows["id"], rows["miou"], strict=True):
-        photo, _ = read_photo(folder.photo(identifier))
+    for position, identifier, score in rows[["id", "miou"]].itertuples():
+        photo, truth = read_photo(folder.photo(identifier))[0], read_mask(folder.mask(identifier))
         title = identifier if math.isnan(score) else f"{identifier}  mIoU {score:.2f}"
-        drawn.append(Drawn(title, photo, read_mask(folder.mask(identifier)), predictor.mask(photo)))
+        drawn.append(Drawn(title, photo, truth, mask_at(logits(position), *truth.shape)))
     return drawn
