@@ -1,8 +1,8 @@
 """One training step at ViT-B/14, 518×518, batch 2, against the plain recipe: timm, segmentation-models-pytorch, a loop.
 
 The plain step: the whole encoder's forward (its frozen blocks take no gradient), upsampling before each convolution,
-smp's Lovász loss, AdamW. Ours goes on from kept tokens, as training does after `encode`. Peak memory is that of a fresh
-process with two steps.
+smp's Lovász loss, AdamW. Ours goes on from kept tokens, as training does after `encode`, in the precision that training
+chooses on this machine, and in float32. Peak memory is that of a fresh process with two steps.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from benchmarks.side_by_side import compare, line, parser, peak_memory, real_mas
 from segmentation import model as model_files
 from segmentation.losses import lovasz_softmax
 from segmentation.model import Segmenter
-from segmentation.optimisation import optimiser
+from segmentation.optimisation import optimiser, precision
 from segmentation.training import model_card
 from segmentation.voc import CLASSES, VOID
 
@@ -69,12 +69,14 @@ class PlainStep:
 class OurStep:
     """A step of ours on kept tokens: what `TrainingTask` and Lightning do, without Lightning."""
 
-    def __init__(self, model: Segmenter) -> None:
+    def __init__(self, model: Segmenter, chosen_precision: str) -> None:
         self.model = model.train()
         self.adamw = optimiser(model, 1e-4, 0.01, 1.0, 1.0)
+        self.half = chosen_precision == "bf16-mixed"
 
     def __call__(self, tokens: Tensor, masks: Tensor) -> None:
-        loss = lovasz_softmax(self.model.trained(tokens, masks.shape[-2:]), masks)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.half):
+            loss = lovasz_softmax(self.model.trained(tokens, masks.shape[-2:]), masks)
         self.adamw.zero_grad()
         loss.backward()
         self.adamw.step()
@@ -98,21 +100,23 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     plain, model = PlainStep(name, size), our_model(arguments)
     with torch.no_grad():
         tokens = model.frozen(images).half()
-    ours = OurStep(model)
     checks = check(plain, model, images, tokens, masks)
-    sides = {"plain": partial(plain, images, masks), "ours": partial(ours, tokens, masks)}
+    sides = {"plain": partial(plain, images, masks)}
+    for kind in dict.fromkeys((precision(), "32-true")):
+        sides[kind] = partial(OurStep(model, kind), tokens, masks)
     take_turns(sides, 1)  # the first step allocates
     seconds = take_turns(sides, arguments.rounds)
-    step = compare(seconds["plain"], seconds["ours"])
+    steps = {kind: compare(seconds["plain"], seconds[kind]) for kind in list(sides)[1:]}
     memory = {
         side: peak_memory(two_steps, side, name, size, batch, masks, settings(arguments)) for side in ("plain", "ours")
     }
     print(f"{f'{name}, {size}×{size}, batch {batch}':44}{'plain':>12}{'ours':>12}{'ratio':>9}")
-    line("training step", step)
+    for label, step in steps.items():
+        line(f"training step, {label}", step)
     print(f"{'peak memory':44}{memory['plain']:9.2f} GB{memory['ours']:9.2f} GB")
     for text, value in checks.items():
         print(f"{text}: {value:.1e}")
-    return {**step, "peak_memory_gb": memory, "checked": checks}
+    return {**steps[precision()], "steps": steps, "peak_memory_gb": memory, "checked": checks}
 
 
 def settings(arguments: argparse.Namespace) -> Any:
@@ -151,7 +155,7 @@ def two_steps(side: str, name: str, size: int, batch: int, masks: Tensor, chosen
         inputs = images
     else:
         model = model_files.build(model_card(chosen, list(CLASSES)))
-        step, grid = OurStep(model), size // model.encoder.patch
+        step, grid = OurStep(model, precision()), size // model.encoder.patch
         inputs = torch.zeros(batch, 1, model.encoder.vit.num_prefix_tokens + grid**2, model.encoder.dim).half()
     for _ in range(2):
         step(inputs, masks)

@@ -1,9 +1,9 @@
-"""AdamW's parameter groups, the learning-rate schedule, and averaged weights."""
+"""AdamW's parameter groups, the learning-rate schedule, averaged weights, and the precision of training."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -48,9 +48,7 @@ def optimiser(
 ) -> Optimizer:
     """AdamW over `parameter_groups`."""
     groups = parameter_groups(model, lr, encoder_lr_scale, layer_decay)
-    # ten times faster on a CPU; on a GPU Lightning would refuse to clip gradients under mixed precision
-    fused = next(model.parameters()).device.type == "cpu"
-    return AdamW(groups, weight_decay=weight_decay, fused=fused)
+    return AdamW(groups, weight_decay=weight_decay, fused=True)
 
 
 def schedule(optimizer: Optimizer, name: str, steps: int, warmup_steps: int) -> LRScheduler:
@@ -76,6 +74,20 @@ def schedule(optimizer: Optimizer, name: str, steps: int, warmup_steps: int) -> 
         return main
     warmup = LinearLR(optimizer, start_factor=1 / (warmup_steps + 1), total_iters=warmup_steps)
     return SequentialLR(optimizer, [warmup, main], milestones=[warmup_steps])
+
+
+def precision() -> Literal["bf16-mixed", "32-true"]:
+    """Lightning's name for what training computes in: bfloat16 where the device has it in hardware.
+
+    Weights, their averages and the optimiser's state, norms and losses stay in float32. Devices that only emulate
+    bfloat16 are faster in float32.
+    """
+    if torch.cuda.is_available():
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        found = torch.cpu.get_capabilities()
+        native = found.get("avx512_bf16", False) or found.get("amx_bf16", False)
+    return "bf16-mixed" if native else "32-true"
 
 
 class AveragedWeights:

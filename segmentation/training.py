@@ -23,7 +23,8 @@ import pandas as pd
 import torch
 from filelock import FileLock, Timeout
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from segmentation import model as model_files
@@ -36,7 +37,7 @@ from segmentation.images import mask_image
 from segmentation.losses import cross_entropy, dice, focal, lovasz_softmax, median_frequency_weights
 from segmentation.metrics import confusion_matrices, miou, pixel_accuracy, report_miou
 from segmentation.model import ModelCard, Segmenter
-from segmentation.optimisation import AveragedWeights, optimiser, schedule
+from segmentation.optimisation import AveragedWeights, optimiser, precision, schedule
 from segmentation.settings import EncoderSettings, Settings, TrainSettings
 from segmentation.tracking import LiveCurves
 
@@ -159,8 +160,14 @@ class TrainingTask(L.LightningModule):
 
     def _logits(self, inputs: Tensor, masks: Tensor) -> Tensor:
         """Of photos `[B, 3, S, S]` uint8, or of their kept tokens."""
-        tokens = self.model.frozen(inputs) if inputs.dtype == torch.uint8 else inputs
+        tokens = self._frozen(inputs) if inputs.dtype == torch.uint8 else inputs
         return self.model.trained(tokens, masks.shape[-2:])
+
+    def _frozen(self, images: Tensor) -> Tensor:
+        if self.settings.scale or self.settings.colour_jitter:
+            return self.model.frozen(images)
+        with torch.autocast(images.device.type, enabled=False):  # as in `encode`: keeping tokens changes no result
+            return self.model.frozen(images)
 
     def on_train_epoch_start(self) -> None:
         torch.manual_seed(self.settings.seed + self.current_epoch)  # the same in a resumed epoch
@@ -209,6 +216,14 @@ class TrainingTask(L.LightningModule):
         steps = int(self.trainer.estimated_stepping_batches)
         scheduler = schedule(adamw, chosen.schedule, steps, round(steps / chosen.epochs * chosen.warmup_epochs))
         return {"optimizer": adamw, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Lightning's, which refuses fused optimisers: they could unscale gradients, but bfloat16 scales none."""
+        if gradient_clip_val:
+            groups = optimizer.param_groups
+            nn.utils.clip_grad_norm_([value for group in groups for value in group["params"]], gradient_clip_val)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         trained = {f"model.{key}" for key in self._trained_state()}
@@ -262,7 +277,7 @@ def _fit(task: TrainingTask, settings: Settings, processed: Path, features: Feat
         trainer = L.Trainer(
             accelerator="auto",
             devices=1,
-            precision="bf16-mixed" if cuda and torch.cuda.is_bf16_supported() else "32-true",
+            precision=precision(),
             max_epochs=chosen.epochs,
             accumulate_grad_batches=chosen.accumulate,
             gradient_clip_val=chosen.gradient_clip,
@@ -423,7 +438,7 @@ def _key(settings: Settings, card: ModelCard, processed: Path, cached: bool) -> 
             "cached": cached,
             "code": code,
             "packages": packages,
-            "machine": [platform.machine(), torch.cuda.is_available()],
+            "machine": [platform.machine(), torch.cuda.is_available(), precision()],
         }
     )[:16]
 
