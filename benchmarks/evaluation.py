@@ -20,7 +20,7 @@ import torch
 from torch.nn import functional as F
 from torchmetrics import Accuracy, JaccardIndex, MetricCollection
 
-from benchmarks.side_by_side import compare, line, parser, peak_memory, run, settings_for, take_turns
+from benchmarks.side_by_side import compare, in_a_fresh_process, line, parser, run, settings_for, take_turns
 from segmentation import model as model_files
 from segmentation.data import split_ids
 from segmentation.errors import PipelineError
@@ -62,11 +62,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         sides = {"plain": lambda: found.update(plain(arguments.size)), "ours": lambda: ours(settings)}
         seconds = take_turns(sides, arguments.rounds)
         check(found)
-        memory = {"all": peak_memory(ours, settings)}
+        memory = {"all": in_a_fresh_process(ours, settings).peak_gb}
         lists.split_file("val").write_text("".join(f"{name}\n" for name in lists.ids("val")[:8]))
         preprocess(Path("raw"), Path("processed"), arguments.size)
         encode(settings, Path("processed"), Path("features"), Path("scratch"))
-        memory["8 photos"] = peak_memory(ours, settings)
+        memory["8 photos"] = in_a_fresh_process(ours, settings).peak_gb
         os.chdir(arguments.voc)  # out of the folder that goes
     row = compare(seconds["plain"], seconds["ours"])
     print(f"{f'{arguments.photos} photos, {arguments.encoder}':44}{'plain':>12}{'ours':>12}{'ratio':>9}")

@@ -16,7 +16,7 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
-from benchmarks.side_by_side import compare, parser, peak_memory, run, settings_for, take_turns
+from benchmarks.side_by_side import compare, in_a_fresh_process, parser, run, settings_for, take_turns
 from segmentation.errors import PipelineError
 from segmentation.fetch import fetch
 from segmentation.preprocess import preprocess
@@ -46,7 +46,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             check(raw, theirs, ours)
             row: dict[str, float] = {"pairs": sum(len(VocFolder(raw).ids(split)) for split in SPLITS)}
             row |= compare(seconds["plain"], seconds["ours"])
-            row["peak_memory_gb"] = peak_memory(preprocess, raw, Path(folder) / "again", arguments.size)
+            row["peak_memory_gb"] = in_a_fresh_process(preprocess, raw, Path(folder) / "again", arguments.size).peak_gb
         rows.append(row)
         print(
             f"{row['pairs']:<44.0f}{row['plain_s']:10.3f} s{row['ours_s']:10.3f} s{row['ratio']:8.2f}×"

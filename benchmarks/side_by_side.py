@@ -10,8 +10,9 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -89,22 +90,29 @@ def line(name: str, row: Mapping[str, float], unit: str = "s") -> None:
     print(f"{name:44}{row['plain_s']:10.3f} {unit}{row['ours_s']:10.3f} {unit}{row['ratio']:8.2f}×", flush=True)
 
 
-def peak_memory(function: Callable[..., Any], *arguments: Any) -> float:
-    """Peak resident memory in GB of a fresh process that calls `function` (Linux)."""
+class Call(NamedTuple):
+    """A call's seconds, and the peak resident memory in GB of the process that made it."""
+
+    seconds: float
+    peak_gb: float
+
+
+def in_a_fresh_process(function: Callable[..., Any], *arguments: Any) -> Call:
+    """Call a function in a process of its own (Linux)."""
     receiver, sender = multiprocessing.Pipe(duplex=False)
     child = multiprocessing.get_context("spawn").Process(target=_call, args=(sender, function, arguments))
     child.start()
     sender.close()
-    peak = receiver.recv()
+    call = receiver.recv()
     child.join()
-    return peak
+    return call
 
 
 def _call(sender: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    function(*arguments)
+    seconds = timed(partial(function, *arguments))
     # not getrusage: its figure starts with that of the process that spawned this one
     (peak,) = (entry for entry in Path("/proc/self/status").read_text().splitlines() if entry.startswith("VmHWM"))
-    sender.send(int(peak.split()[1]) / 2**20)
+    sender.send(Call(seconds, int(peak.split()[1]) / 2**20))
 
 
 def settings_for(voc: Path, **overrides: Any) -> Settings:

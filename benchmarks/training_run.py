@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.side_by_side import line, parser, run, settings_for, timed
+from benchmarks.side_by_side import in_a_fresh_process, line, parser, run, settings_for, timed
 from benchmarks.training_step import PlainStep
 from segmentation.data import PairDataset, split_ids
 from segmentation.features import encode
@@ -63,24 +63,27 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
         plain_steps(1)
         steps = plain_steps(arguments.plain_steps // 2)
-        encoding = timed(lambda: encode(settings, processed, features, scratch))
+        encoding = in_a_fresh_process(encode, settings, processed, features, scratch)
         size = sum(path.stat().st_size for path in features.iterdir())
-        training = timed(lambda: train(settings, processed, features, lists.classes(), Path("m"), Path("r"), scratch))
+        training = in_a_fresh_process(
+            train, settings, processed, features, lists.classes(), Path("m"), Path("r"), scratch
+        )
         steps += plain_steps(arguments.plain_steps - len(steps))
         os.chdir(arguments.voc)  # out of the folder that goes
     whole = {
         "plain_s": statistics.median(steps) * epochs * -(-arguments.pairs // 2),
-        "ours_s": encoding + training / measured * epochs,
+        "ours_s": encoding.seconds + training.seconds / measured * epochs,
     }
     whole["ratio"] = whole["plain_s"] / whole["ours_s"]
     print(f"{f'{arguments.pairs} pairs, {epochs} epochs, {arguments.encoder}':44}{'plain':>12}{'ours':>12}{'ratio':>9}")
     line("whole run", whole)
-    print(f"of ours: encode {encoding:.1f} s ({size / 1e6:.0f} MB), {training / measured:.1f} s an epoch")
+    print(f"encode: {encoding.seconds:.1f} s, {size / 1e6:.0f} MB kept, peak memory {encoding.peak_gb:.2f} GB")
+    print(f"train: {training.seconds / measured:.1f} s an epoch, peak memory {training.peak_gb:.2f} GB")
     return {
         **whole,
-        "encode_s": encoding,
-        "encode_bytes": size,
-        "epoch_s": training / measured,
+        "encode": {**encoding._asdict(), "bytes": size},
+        "epoch_s": training.seconds / measured,
+        "training_peak_gb": training.peak_gb,
         "measured_epochs": measured,
         "plain_steps_s": steps,
     }

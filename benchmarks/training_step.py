@@ -16,7 +16,7 @@ import torch
 from segmentation_models_pytorch.losses import LovaszLoss
 from torch import Tensor, nn
 
-from benchmarks.side_by_side import compare, line, parser, peak_memory, real_masks, run, settings_for, take_turns
+from benchmarks.side_by_side import compare, in_a_fresh_process, line, parser, real_masks, run, settings_for, take_turns
 from segmentation import model as model_files
 from segmentation.losses import lovasz_softmax
 from segmentation.model import Segmenter
@@ -108,7 +108,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     seconds = take_turns(sides, arguments.rounds)
     steps = {kind: compare(seconds["plain"], seconds[kind]) for kind in list(sides)[1:]}
     memory = {
-        side: peak_memory(two_steps, side, name, size, batch, masks, settings(arguments)) for side in ("plain", "ours")
+        side: in_a_fresh_process(two_steps, side, name, size, batch, masks, settings(arguments)).peak_gb
+        for side in ("plain", "ours")
     }
     print(f"{f'{name}, {size}×{size}, batch {batch}':44}{'plain':>12}{'ours':>12}{'ratio':>9}")
     for label, step in steps.items():

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from segmentation.checkpoints import forget_old
 from segmentation.data import PairDataset, split_ids
 from segmentation.encoder import Encoder, create_encoder
 from segmentation.errors import PipelineError
@@ -112,7 +113,7 @@ def encode(settings: Settings, processed: Path, features: Path, scratch: Path) -
         for split, number, _ in shards:
             _link(store / _shard_name(split, number), features / _shard_name(split, number))
         write_json(features / "features.json", card.model_dump())
-    _forget_others(store)
+    forget_old(store, kept=1)  # DVC's cache has what the others were for
     size = sum(path.stat().st_size for path in features.iterdir())
     print(f"encode: {photos} photos, {len(missing)} of {len(shards)} shards new, {size / 1e6:.0f} MB")
 
@@ -238,11 +239,3 @@ def _held(store: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def _forget_others(current: Path) -> None:
-    """Delete the stores of other keys, leaving those in use: DVC's cache has what they were for."""
-    for folder in current.parent.iterdir():
-        if folder != current:
-            with suppress(Timeout, OSError), FileLock(folder / "lock", timeout=0):
-                shutil.rmtree(folder)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import platform
 import shutil
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -21,13 +19,13 @@ import lightning as L
 import numpy as np
 import pandas as pd
 import torch
-from filelock import FileLock, Timeout
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from segmentation import model as model_files
+from segmentation.checkpoints import checkpoint_folder, finished_epochs
 from segmentation.data import EpochSampler, FeaturePairs, PairDataset, augmentation, class_pixels, split_ids
 from segmentation.encoder import checkpoint_path, load_weights
 from segmentation.errors import PipelineError
@@ -41,7 +39,6 @@ from segmentation.optimisation import AveragedWeights, optimiser, precision, sch
 from segmentation.settings import EncoderSettings, Settings, TrainSettings
 from segmentation.tracking import LiveCurves
 
-KEPT_CHECKPOINT_FOLDERS = 5
 # The modules that decide the weights: a checkpoint of other code is not gone on from. dvc.yaml names the same.
 CODE = (
     "data", "decoder", "encoder", "features", "images", "losses", "metrics", "model", "optimisation", "training", "voc",
@@ -81,7 +78,7 @@ def train(
     for note in settings.without_effect():
         print(f"warning: {note}", flush=True)
     kept = open_features(features, model.encoder, card.image_size, processed / "manifest.parquet")
-    with _checkpoint_folder(scratch / "checkpoints" / _key(settings, card, processed, kept is not None)) as folder:
+    with checkpoint_folder(scratch / "checkpoints" / _key(settings, card, processed, kept is not None)) as folder:
         task = TrainingTask(model, settings.train, _class_weights(settings.train, processed), folder)
         _fit(task, settings, processed, kept, folder)
         if (folder / "panels").exists():
@@ -298,7 +295,7 @@ def _fit(task: TrainingTask, settings: Settings, processed: Path, features: Feat
         device = trainer.strategy.root_device
         print(f"train: {len(train_set)} train and {len(val_set)} val pairs on {device}", flush=True)
         sampler = EpochSampler(train_set, chosen.seed)
-        if finished := _finished_epochs(last):
+        if finished := finished_epochs(last):
             print(f"train: going on from the last finished epoch in {folder}", flush=True)
             sampler.set_epoch(finished)  # loader processes ask it before Lightning has told it
         with _memory_remedy():
@@ -377,53 +374,6 @@ class EpochLines(Callback):
         assert isinstance(task, TrainingTask)
         numbers = "  ".join(f"{key} {value:.4f}" for key, value in task.history[-1].items() if key != "epoch")
         print(f"epoch {len(task.history)}/{trainer.max_epochs}  {numbers}  {self.seconds:.0f} s", flush=True)
-
-
-@contextmanager
-def _checkpoint_folder(folder: Path) -> Iterator[Path]:
-    """The folder, held exclusively: killing DVC may leave a training process behind that still writes there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    owner = folder / "owner.json"
-    lock = FileLock(folder / "lock", timeout=3)  # a training process whose DVC was killed ends within a second
-    try:
-        lock.acquire()
-    except Timeout:
-        try:
-            pid = json.loads(owner.read_text())["pid"]
-        except (OSError, ValueError, KeyError):
-            pid = "unknown"
-        raise PipelineError(
-            f"train: process {pid} is training exactly this already (same settings, data and code); "
-            f"wait for it, or stop it: kill {pid}"
-        ) from None
-    try:
-        owner.write_text(json.dumps({"pid": os.getpid()}))
-        os.utime(folder)
-        _forget_old(folder)
-        yield folder
-    finally:
-        lock.release()
-
-
-def _finished_epochs(checkpoint: Path) -> int:
-    """How many epochs the checkpoint holds, 0 without one; a damaged one is put aside, and said."""
-    if not checkpoint.exists():
-        return 0
-    try:
-        return len(torch.load(checkpoint, map_location="cpu", weights_only=True)["history"])
-    except Exception as error:  # torch raises whatever zipfile, pickle or the disk do
-        aside = checkpoint.replace(checkpoint.with_suffix(".damaged"))
-        print(f"warning: {checkpoint} is damaged ({error}); kept as {aside.name}, training starts over", flush=True)
-        return 0
-
-
-def _forget_old(current: Path) -> None:
-    """Delete all but the newest checkpoint folders, leaving those in use."""
-    with suppress(FileNotFoundError):  # another training may be tidying up as well
-        folders = sorted(current.parent.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
-        for folder in folders[KEPT_CHECKPOINT_FOLDERS:]:
-            with suppress(Timeout, OSError), FileLock(folder / "lock", timeout=0):
-                shutil.rmtree(folder)
 
 
 def _key(settings: Settings, card: ModelCard, processed: Path, cached: bool) -> str:

@@ -10,6 +10,7 @@ import mlflow
 import numpy as np
 import psutil
 import pytest
+import torch
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from PIL import Image
@@ -22,10 +23,11 @@ from flows.register import register
 from flows.train import _gpu_slot, train
 from segmentation.errors import PipelineError
 from segmentation.images import read_mask
+from segmentation.metrics import confusion_matrices
 from segmentation.predictor import Augmentation, Predictor
 from segmentation.registry import connect, end_run, start_run
 from segmentation.sample import draw_sample
-from segmentation.voc import VocFolder
+from segmentation.voc import CLASSES, VocFolder
 from tests.conftest import TINY, environment, git
 
 MODEL = "voc-segmentation"
@@ -300,8 +302,8 @@ def register_without_waiting():
 
 def test_killed_in_an_epoch_nothing_is_left_behind_and_the_next_run_goes_on(checkout, caplog):
     count = len(versions())
-    changes = {"train.epochs": 40, "train.lr": 0.0003}
-    flow = start(checkout, "epoch 2/40", **changes)
+    changes = {"train.epochs": 20, "train.lr": 0.0003}
+    flow = start(checkout, "epoch 2/20", **changes)
     assert temporary_servers(checkout)
     flow.send_signal(signal.SIGKILL)
     flow.wait()
@@ -311,11 +313,11 @@ def test_killed_in_an_epoch_nothing_is_left_behind_and_the_next_run_goes_on(chec
     assert stage_processes(checkout) == temporary_servers(checkout) == []
     result = train(TINY | changes)
     assert "going on from the last finished epoch" in caplog.text
-    assert "epoch 2/40" not in caplog.text
-    assert "epoch 40/40" in caplog.text
+    assert "epoch 2/20" not in caplog.text
+    assert "epoch 20/20" in caplog.text
     assert len(versions()) == count + 1
     history = (Path(result["folder"]) / "reports/training/history.csv").read_text().splitlines()
-    assert len(history) == 41
+    assert len(history) == 21
 
 
 def test_the_same_training_twice_at_once_is_refused_and_another_goes_beside_it(checkout):
@@ -333,11 +335,13 @@ def test_the_same_training_twice_at_once_is_refused_and_another_goes_beside_it(c
 
 BARE = """
 import sys
+from pathlib import Path
 import mlflow, pandas as pd
 model = mlflow.pyfunc.load_model("models:/voc-segmentation/1")
-photo, mask = sys.argv[1:]
-frame = pd.DataFrame({"image": [open(photo, "rb").read()]})
-open(mask, "wb").write(model.predict(frame)["mask"][0])
+photos = sorted(Path(sys.argv[1]).glob("val_*.jpg"))
+frame = pd.DataFrame({"image": [photo.read_bytes() for photo in photos]})
+for photo, mask in zip(photos, model.predict(frame)["mask"], strict=True):
+    Path(sys.argv[2], f"{photo.stem}.png").write_bytes(mask)
 """
 
 
@@ -355,11 +359,12 @@ def closure(requirements: list[str]) -> set[str]:
 
 
 def test_the_registered_model_predicts_the_evaluated_masks_with_its_own_requirements(checkout, trained, tmp_path):
-    draw_sample(tmp_path / "raw", 1)
-    photo = tmp_path / "raw/JPEGImages/val_001.jpg"
+    raw = VocFolder(tmp_path / "raw")
+    draw_sample(raw.root, TINY["fetch.limit"])
     model = Path(mlflow.artifacts.download_artifacts(f"models:/{MODEL}/1"))
-    bare = tmp_path / "bare"  # what pip would install for the model, and nothing else
+    bare, masks = tmp_path / "bare", tmp_path / "masks"  # `bare`: what pip would install for the model, nothing else
     bare.mkdir()
+    masks.mkdir()
     for name in closure((model / "requirements.txt").read_text().split()):
         for file in distribution(name).files or []:
             top = file.parts[0]
@@ -372,13 +377,19 @@ def test_the_registered_model_predicts_the_evaluated_masks_with_its_own_requirem
         "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
         "PYTHONPATH": str(bare),
     }
-    command = [sys.executable, "-S", "-c", BARE, str(photo), str(tmp_path / "mask.png")]
+    command = [sys.executable, "-S", "-c", BARE, str(raw.photo("val_001").parent), str(masks)]
     subprocess.run(command, cwd=tmp_path, env=env, check=True)
-    predicted = read_mask(tmp_path / "mask.png")
-    assert predicted.shape[::-1] == Image.open(photo).size
-    files = Path(trained[1]["folder"]) / "models"
-    assert np.array_equal(predicted, Predictor.load(files, Augmentation(flip=True)).mask(Image.open(photo)))
-    assert not np.array_equal(predicted, Predictor.load(files).mask(Image.open(photo)))
+
+    folder = Path(trained[1]["folder"])
+    with np.load(folder / "reports/evaluation/per_image_confusion.npz") as evaluated:
+        assert len(evaluated["ids"]) == TINY["fetch.limit"]
+        for identifier, confusion in zip(evaluated["ids"], evaluated["confusion"], strict=True):
+            pair = (read_mask(masks / f"{identifier}.png"), read_mask(raw.mask(identifier)))
+            predicted, truth = (torch.tensor(labels)[None] for labels in pair)
+            assert np.array_equal(confusion_matrices(predicted, truth, len(CLASSES))[0], confusion)
+    photo, predicted = Image.open(raw.photo("val_001")), read_mask(masks / "val_001.png")
+    assert np.array_equal(predicted, Predictor.load(folder / "models", Augmentation(flip=True)).mask(photo))
+    assert not np.array_equal(predicted, Predictor.load(folder / "models").mask(photo))
 
 
 def test_no_code_of_the_registered_model_is_pickled(checkout):

@@ -15,8 +15,8 @@ ENTRY = {
     "train": ["training"],
     "evaluate": ["evaluation", "report"],
 }
-# They carry values, names and messages; what they say is in params.yaml or in the outputs' own paths.
-NOT_DECIDING = {"errors", "files", "paths", "settings", "tracking"}
+# They carry values, names, messages and checkpoints: what they say is in params.yaml or in the outputs' own paths.
+NOT_DECIDING = {"checkpoints", "errors", "files", "paths", "settings", "tracking"}
 
 
 @pytest.fixture(scope="module")
