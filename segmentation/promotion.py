@@ -137,7 +137,17 @@ def decide(
     if branch == "already champion":
         return decision | {"verdict": "keep", "reasons": ["the candidate is the champion already"]}
     candidate = _Scored(load_predictor(found.candidate))
-    champion = _Scored(load_predictor(found.champion)) if found.champion and branch == "comparison" else None
+    champion, trouble = None, None
+    if found.champion and branch == "comparison":
+        try:
+            champion = _Scored(load_predictor(found.champion))
+        except Exception as error:  # a damaged or foreign model can fail in any way
+            if not forced:
+                raise PipelineError(
+                    f"models:/{MODEL_NAME}/{found.champion.version}, the champion, cannot be loaded and compared with "
+                    f"({error}); force a promotion to replace it"
+                ) from error
+            branch, trouble = "champion cannot be loaded", f"{error}"
     if champion and champion.classes != candidate.classes:
         branch, champion = "other evaluation set", None
     decision["branch"] = branch
@@ -155,7 +165,7 @@ def decide(
     promoted = promotes(checks, forced)
     return decision | {
         "verdict": "promote" if promoted else "refuse",
-        "reasons": _reasons(checks, promoted, force_reason),
+        "reasons": _reasons(checks, promoted, force_reason) + ([f"champion: {trouble}"] if trouble else []),
         "photos": len(candidate.seconds),
         "scores": scores,
         "comparison": asdict(comparison) if comparison else None,

@@ -17,6 +17,7 @@ import flows  # noqa: F401  switches telemetry off before MLflow, Prefect and DV
 ROOT = Path(__file__).resolve().parents[1]
 
 # The smallest run that goes through every stage for real.
+LONGEST = ("test_train", "test_pipeline", "test_training", "test_predict", "test_promote", "test_services")
 TINY = {
     "fetch.source": "sample",
     "fetch.limit": 4,
@@ -69,6 +70,12 @@ def browser():
         started = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])  # CI runs as root
         yield started
         started.close()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, so that no test process is left with one at the end."""
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(LONGEST)))
 
 
 @pytest.fixture(scope="session")

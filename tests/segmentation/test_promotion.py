@@ -180,6 +180,24 @@ def test_another_evaluation_set_is_refused_unread_and_by_force_judged_without_th
     assert decision["reasons"] == ["forced: new data", "data_checks: the checks of its data: failed"]
 
 
+def test_a_champion_that_cannot_be_loaded_is_replaced_by_force_only(client, pairs):
+    (weights,) = code(WEAK).parents[2].rglob("segmenter.safetensors")
+    whole = weights.read_bytes()
+    try:
+        weights.write_bytes(whole[:-1000])
+        with pytest.raises(PipelineError, match=r"/1, the champion, cannot be loaded .*force a promotion"):
+            decide(contest(GOOD), unread(), SETTINGS, None)
+        decision = decide(contest(GOOD), pairs[:2], SETTINGS, "its file is damaged")
+    finally:
+        weights.write_bytes(whole)
+    assert (decision["verdict"], decision["branch"]) == ("promote", "champion cannot be loaded")
+    assert list(decision["scores"]) == ["candidate"]
+    assert decision["champion"]["version"] == WEAK
+    forced, champion = decision["reasons"]
+    assert forced == "forced: its file is damaged"
+    assert champion.startswith("champion: ") and "segmenter" in champion
+
+
 def test_the_champion_itself_is_left_as_it_is(client):
     decision = decide(contest("champion"), unread(), SETTINGS, None)
     assert (decision["verdict"], decision["branch"]) == ("keep", "already champion")
