@@ -293,7 +293,7 @@ def _fit(task: TrainingTask, settings: Settings, processed: Path, features: Feat
             ],
         )
         device = trainer.strategy.root_device
-        print(f"train: {len(train_set)} train and {len(val_set)} val pairs on {device}", flush=True)
+        print(f"train: {len(train_set)} train and {len(val_set)} val pairs on {device}, {trainer.precision}", flush=True)
         sampler = EpochSampler(train_set, chosen.seed)
         if finished := finished_epochs(last):
             print(f"train: going on from the last finished epoch in {folder}", flush=True)
