@@ -79,8 +79,8 @@ def schedule(optimizer: Optimizer, name: str, steps: int, warmup_steps: int) -> 
 def precision() -> Literal["bf16-mixed", "32-true"]:
     """Lightning's name for what training computes in: bfloat16 where the device has it in hardware.
 
-    Weights, their averages and the optimiser's state, norms and losses stay in float32. Devices that only emulate
-    bfloat16 are faster in float32.
+    Weights, their averages, the optimiser's state and losses stay in float32. Devices that only emulate bfloat16 are
+    faster in float32.
     """
     if torch.cuda.is_available():
         native = torch.cuda.is_bf16_supported(including_emulation=False)

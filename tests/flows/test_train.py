@@ -158,10 +158,9 @@ def test_a_refused_override_starts_nothing(checkout):
     assert len(versions()) == 1
 
 
-def test_a_branch_that_moved_on_is_registered_as_what_it_is_now(trained, new_checkout, monkeypatch):
-    checkout = new_checkout()
+def test_a_branch_that_moved_on_is_registered_as_what_it_is_now(trained, cached_checkout, monkeypatch):
+    checkout = cached_checkout()
     monkeypatch.chdir(checkout)
-    (checkout / ".dvc/config.local").write_text(f"[cache]\n    dir = {trained[0]}/.dvc/cache\n")  # has the first run
     # MLflow keeps the last store that this process used in the environment; this checkout has its own.
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{checkout}/mlruns/mlflow.db")
     weights = []
@@ -313,6 +312,9 @@ def test_killed_in_an_epoch_nothing_is_left_behind_and_the_next_run_goes_on(chec
     assert len(versions()) == count + 1
     history = (Path(result["folder"]) / "reports/training/history.csv").read_text().splitlines()
     assert len(history) == 21
+    run_id = connect().get_model_version(MODEL, result["version"]).run_id
+    points = connect().get_metric_history(run_id, "val_miou")  # those of before the kill, too
+    assert [point.step for point in points] == list(range(1, 21))
 
 
 def test_the_same_training_twice_at_once_is_refused_and_another_goes_beside_it(checkout):
