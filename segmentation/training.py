@@ -292,8 +292,8 @@ def _fit(task: TrainingTask, settings: Settings, processed: Path, features: Feat
                 LiveCurves(),
             ],
         )
-        device = trainer.strategy.root_device
-        print(f"train: {len(train_set)} train and {len(val_set)} val pairs on {device}, {trainer.precision}", flush=True)
+        where = f"{trainer.strategy.root_device}, {trainer.precision}"
+        print(f"train: {len(train_set)} train and {len(val_set)} val pairs on {where}", flush=True)
         sampler = EpochSampler(train_set, chosen.seed)
         if finished := finished_epochs(last):
             print(f"train: going on from the last finished epoch in {folder}", flush=True)
