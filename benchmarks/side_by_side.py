@@ -110,7 +110,7 @@ def in_a_fresh_process(function: Callable[..., Any], *arguments: Any) -> Call:
 
 def _call(sender: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     # else loader processes would be spawned in their turn, which takes seconds each
-    multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
+    multiprocessing.set_start_method(None, force=True)  # the platform's
     seconds = timed(partial(function, *arguments))
     # not getrusage: its figure starts with that of the process that spawned this one
     (peak,) = (entry for entry in Path("/proc/self/status").read_text().splitlines() if entry.startswith("VmHWM"))

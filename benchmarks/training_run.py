@@ -1,8 +1,9 @@
 """Eight epochs on 64 real pairs at ViT-B/14, 518×518, batch 2: `encode` and `train` against the plain recipe's loop.
 
-Ours is measured whole, Lightning, loaders and checkpoints included. Every epoch of the plain loop costs the same, so
-some of its steps are measured, half of them before ours and half after, and multiplied; validation is left out of both
-(ours has one photo of it). With `--measured-epochs` below `--epochs` our epochs are multiplied as well, not `encode`.
+Ours is measured whole, Lightning, loaders and checkpoints included, each stage in a process of its own. Every epoch of
+the plain loop costs the same, so some of its steps are measured, half of them before ours and half after, and
+multiplied; validation is left out of both (ours has one photo of it). With `--measured-epochs` below `--epochs` our
+epochs are multiplied as well, not `encode`.
 """
 
 from __future__ import annotations

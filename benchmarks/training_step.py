@@ -102,11 +102,12 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         tokens = model.frozen(images).half()
     checks = check(plain, model, images, tokens, masks)
     sides = {"plain": partial(plain, images, masks)}
-    for kind in dict.fromkeys((precision(), "32-true")):
+    kinds = dict.fromkeys((precision(), "32-true"))
+    for kind in kinds:
         sides[kind] = partial(OurStep(model, kind), tokens, masks)
     take_turns(sides, 1)  # the first step allocates
     seconds = take_turns(sides, arguments.rounds)
-    steps = {kind: compare(seconds["plain"], seconds[kind]) for kind in list(sides)[1:]}
+    steps = {kind: compare(seconds["plain"], seconds[kind]) for kind in kinds}
     memory = {
         side: in_a_fresh_process(two_steps, side, name, size, batch, masks, settings(arguments)).peak_gb
         for side in ("plain", "ours")

@@ -101,6 +101,14 @@ class TrainSettings(Section):
             raise ValueError(f"scale: {self.scale} is no range; write [smallest, largest]")
         return self
 
+    def never_twice(self) -> str | None:
+        """Why no photo is seen twice in the same way, None where each is."""
+        if self.scale is not None:
+            return "train.scale shows another crop of each photo in every epoch"
+        if self.colour_jitter > 0:
+            return "train.colour_jitter shows other colours of each photo in every epoch"
+        return None
+
 
 class EvaluateSettings(Section):
     panels: int = Field(ge=1, le=100)
@@ -153,10 +161,8 @@ class Settings(Section):
                 self.encoder.trainable_blocks == "all",
                 "encoder.trainable_blocks is all: nothing is frozen",
             ),
-            (self.train.scale is not None, "train.scale shows another crop of each photo in every epoch"),
-            (self.train.colour_jitter > 0, "train.colour_jitter shows other colours of each photo in every epoch"),
         ]
-        return next((reason for holds, reason in cases if holds), None)
+        return next((reason for holds, reason in cases if holds), self.train.never_twice())
 
     def without_effect(self) -> list[str]:
         """What is set, but changes nothing: one line each, with the reason."""

@@ -161,7 +161,7 @@ class TrainingTask(L.LightningModule):
         return self.model.trained(tokens, masks.shape[-2:])
 
     def _frozen(self, images: Tensor) -> Tensor:
-        if self.settings.scale or self.settings.colour_jitter:
+        if self.settings.never_twice():
             return self.model.frozen(images)
         with torch.autocast(images.device.type, enabled=False):  # as in `encode`: keeping tokens changes no result
             return self.model.frozen(images)

@@ -191,7 +191,7 @@ def test_a_request_that_never_comes_ends_its_connection(running, sent):
                 connection.sendall(b"a")
             time.sleep(0.2)
         assert connection.recv(100) == b""
-    assert time.monotonic() - started > 1
+    assert 1 < time.monotonic() - started < 5
 
 
 def test_the_rest_of_a_refused_body_is_thrown_away_for_a_while_only(running):
@@ -203,7 +203,7 @@ def test_the_rest_of_a_refused_body_is_thrown_away_for_a_while_only(running):
         while time.monotonic() - started < 10:
             connection.sendall(b"1\r\nx\r\n")
             time.sleep(0.05)
-    assert time.monotonic() - started > 1
+    assert 1 < time.monotonic() - started < 5
 
 
 def test_all_bodies_together_are_bounded(running, monkeypatch):
