@@ -5,8 +5,9 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
+from torchvision.transforms.v2 import functional as tv
 
-from segmentation.images import read_mask, resize_mask
+from segmentation.images import read_mask, resize_mask, resize_photo
 from segmentation.preprocess import preprocess
 from tests.conftest import png_declaring
 
@@ -122,3 +123,10 @@ def test_a_folder_that_cannot_be_written_fails(make_raw, tmp_path):
     (tmp_path / "processed").mkdir(mode=0o500)
     with pytest.raises(PermissionError):
         run(folder, tmp_path)
+
+
+def test_photo_resizing_equals_torchvision_antialiased():
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (137, 211, 3), dtype=np.uint8))
+    reference = tv.resize(tv.pil_to_tensor(photo), [70, 70], antialias=True)
+    ours = tv.pil_to_tensor(resize_photo(photo, 70, 70))
+    assert (ours.int() - reference.int()).abs().max() <= 1

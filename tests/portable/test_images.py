@@ -3,10 +3,9 @@ import io
 import numpy as np
 import pytest
 from PIL import Image
-from torchvision.transforms.v2 import functional as tv
 
 from segmentation.errors import PipelineError
-from segmentation.images import mask_image, read_mask, read_photo, resize_mask, resize_photo
+from segmentation.images import mask_image, read_mask, read_photo, resize_mask
 from segmentation.voc import VOID, VocFolder, is_safe_id, palette
 from tests.conftest import png_declaring
 
@@ -56,13 +55,6 @@ def test_a_mask_that_would_be_read_as_other_labels_is_refused():
         read_mask(encoded(Image.fromarray(np.zeros((9, 9), np.uint8)), "JPEG"))
     with pytest.raises(PipelineError, match="mode L;2; a mask has one 8-bit channel"):
         read_mask(png_declaring(4, 1, bits=2, kind=0, rows=b"\x00\x1b"))  # 0 1 2 3, which Pillow reads as 0 85 170 255
-
-
-def test_photo_resizing_equals_torchvision_antialiased():
-    photo = noise(137, 211)
-    reference = tv.resize(tv.pil_to_tensor(photo), [70, 70], antialias=True)
-    ours = tv.pil_to_tensor(resize_photo(photo, 70, 70))
-    assert (ours.int() - reference.int()).abs().max() <= 1
 
 
 def test_mask_resizing_takes_the_pixel_under_each_centre_on_real_masks(voc_subset):
