@@ -1,35 +1,47 @@
-# Needs no active environment: every recipe calls the project's own .venv.
+# Needs no active environment: every recipe calls the project's own.
 
-PYTHON ?= python3.11
-BIN := .venv/bin
-STAMP := .venv/.installed
+# `python3` if it is supported, else the newest supported interpreter of this machine
+PYTHON ?= $(shell .ci/pythons | head -n 1 | cut -d ' ' -f 2-)
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip install --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint lock services serve python
+.PHONY: help install demo test test-slow test-portable test-pythons lint lock services serve environment
 
 help: ## list these targets
-	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/  make \1|\2/p' Makefile | while IFS='|' read -r a b; do printf '%-16s %s\n' "$$a" "$$b"; done
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1|\2/p' Makefile | while IFS='|' read -r a b; do printf '%-20s %s\n' "$$a" "$$b"; done
 
 install: $(STAMP) ## the environment in .venv, at the versions of requirements.lock (PYTHON=… names the interpreter)
 
 # touched last, so that an interrupted install is taken up again
 $(STAMP): requirements.lock
-	@$(MAKE) --no-print-directory python
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.lock
+	@$(MAKE) --no-print-directory environment
+	$(PIP) --require-hashes -r requirements.lock
 	@touch $(STAMP)
 
-python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || { echo \
-	  "error: $(PYTHON) is missing or not Python 3.11; install it, or name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
-	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo \
-	  "error: $(PYTHON) cannot make environments; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+environment:
+	@sh .ci/environment $(VENV) "$(PYTHON)"
 
 demo: install ## the whole pipeline on a small data set drawn on the spot, in minutes, without a server
 	$(BIN)/python -m flows.train --deployment sample
 
-test: install ## all tests
+test: install ## the tests but the slow ones
 	$(BIN)/python -m pytest
+
+test-slow: install ## the slow tests
+	$(BIN)/python -m pytest --numprocesses 0 -m slow
+
+# versions without hashes: pip takes no names without a version beside hashes
+test-portable: environment ## the tests that need no torch, in seconds
+	@sed -n 's/ *\\$$//; /^[^ #].*==/p' requirements.lock > $(VENV)/constraints.txt
+	$(PIP) --quiet --constraint $(VENV)/constraints.txt \
+	  filelock numpy pillow psutil pydantic pytest pytest-xdist requests ruamel.yaml tqdm
+	$(BIN)/python -m pytest --numprocesses 0 tests/portable
+
+test-pythons: ## `make test` under every supported Python of this machine; each takes 6 GB below scratch/
+	@.ci/test-pythons test
 
 lint: install ## ruff, mypy, and the direction of imports
 	$(BIN)/python -m ruff check
@@ -37,11 +49,11 @@ lint: install ## ruff, mypy, and the direction of imports
 	$(BIN)/python -m mypy
 	PYTHONPATH=. $(BIN)/lint-imports
 
-lock: python ## requirements.lock from pyproject.toml; keeps what is pinned there while it still fits
-	@mkdir -p scratch
-	test -x scratch/uv/bin/uv || { $(PYTHON) -m venv scratch/uv && scratch/uv/bin/python -m pip install --quiet uv; }
-	UV_CUSTOM_COMPILE_COMMAND='make lock' scratch/uv/bin/python -m uv pip compile --universal --python-version 3.11 \
-	  --no-emit-index-url --no-annotate --quiet -o requirements.lock pyproject.toml
+lock: ## requirements.lock from pyproject.toml; keeps what is pinned there while it still fits
+	@sh .ci/environment scratch/uv "$(PYTHON)"
+	scratch/uv/bin/python -m pip install --disable-pip-version-check --quiet uv
+	UV_CUSTOM_COMPILE_COMMAND='make lock' scratch/uv/bin/python -m uv pip compile --universal --python-version 3.11.2 \
+	  --generate-hashes --no-emit-index-url --no-annotate --quiet -o requirements.lock pyproject.toml
 
 services: install ## Prefect server and worker, MLflow server, with their pages in the browser; Ctrl-C stops all
 	$(BIN)/python -m flows.services
