@@ -17,11 +17,20 @@ ARG TORCH_INDEX=
 ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 DO_NOT_TRACK=true MLFLOW_DISABLE_TELEMETRY=true \
     PREFECT_SERVER_UI_STATIC_DIRECTORY=/tmp/prefect-ui
 COPY requirements.lock /tmp/
-# without what only developers run
+# An entry of the lock begins at the margin, and its hashes follow, indented. Left out are the packages that only
+# developers run and, with TORCH_INDEX, what comes from there: its files have other hashes. The lock names every
+# dependency, so pip need not look for more.
 RUN python3 -m venv /opt/venv \
- && grep -vE '^(import-linter|kornia|mypy|pandas-stubs|playwright|pytest|pytest-xdist|ruff|schemathesis|types-[a-z]+)==' \
-    /tmp/requirements.lock | grep -vE "${TORCH_INDEX:+^(cuda-|nvidia-|triton==)|}^#" > /tmp/requirements.txt \
- && python -m pip install --no-cache-dir ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} -r /tmp/requirements.txt \
+ && developers='import-linter|kornia|mypy|pandas-stubs|playwright|pytest|pytest-xdist|ruff|schemathesis|types-[a-z]+' \
+ && torch='torch|torchvision|triton|cuda-[a-z]+|nvidia-[a-z0-9-]+' \
+ && awk -v "left_out=^($developers${TORCH_INDEX:+|$torch})==" '/^[^ ]/ { keep = $0 !~ left_out } keep' \
+    /tmp/requirements.lock > /tmp/requirements.txt \
+ && python -m pip install --no-cache-dir --require-hashes --no-deps -r /tmp/requirements.txt \
+ && if [ -n "$TORCH_INDEX" ]; then \
+      python -m pip install --no-cache-dir --extra-index-url "$TORCH_INDEX" \
+        $(sed -nE 's/^((torch|torchvision)==[^ ]+).*/\1/p' /tmp/requirements.lock); \
+    fi \
+ && python -m pip check \
  && rm /tmp/requirements.*
 
 WORKDIR /app
