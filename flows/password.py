@@ -33,6 +33,11 @@ class Password(NamedTuple):
         return {SERVER: self.value, CLIENT: self.value}
 
 
+def new_password() -> str:
+    """As `user:password`, which Prefect and tools for HTTP expect, of letters and digits, which no file must quote."""
+    return f"voc:{secrets.token_hex(16)}"
+
+
 def get_password(file: Path) -> Password:
     """The user's password, from the environment or from `file`; else a new one, written to `file`.
 
@@ -47,7 +52,7 @@ def get_password(file: Path) -> Password:
     file = file.resolve()  # a link stays a link
     kept = _read(file)
     found: dict[str, Password] = {}
-    for name in (CLIENT, SERVER):
+    for name in (SERVER, CLIENT):
         # an empty value is none: Prefect would ask for a password and let nobody in
         if value := os.environ.get(name):
             found[name] = Password(value, f"{name} in the environment")
@@ -61,7 +66,7 @@ def get_password(file: Path) -> Password:
         raise PipelineError(f"{places} differ: set both to the same password, or remove one")
     if found and all(os.environ.get(name) for name in found):
         return next(iter(found.values()))
-    password = next(iter(found.values()), Password(f"voc:{secrets.token_hex(16)}", f"{CLIENT} in {file}"))
+    password = next(iter(found.values()), Password(new_password(), f"{SERVER} in {file}"))
     try:
         _close(file)
         _write(file, {name: password.value for name in (SERVER, CLIENT) if name not in found})

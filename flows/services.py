@@ -105,10 +105,12 @@ def run(prefect_port: int, mlflow_port: int, services: list[Service]) -> None:
     if prefect_port == mlflow_port:
         raise PipelineError(f"--prefect-port and --mlflow-port are both {prefect_port}: choose two ports")
     password = get_password(project_root() / ".env")
-    store = project_root() / "mlruns"
-    store.mkdir(exist_ok=True)
-    logs = scratch() / "services"
-    logs.mkdir(parents=True, exist_ok=True)
+    store, logs = project_root() / "mlruns", scratch() / "services"
+    try:
+        store.mkdir(exist_ok=True)
+        logs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PipelineError(f"{error.filename}: {error.strerror}; start in a checkout that you can write") from None
     prefect_url, mlflow_url = f"http://{HOST}:{prefect_port}", f"http://{HOST}:{mlflow_port}"
     env = {
         # one database a checkout: deployments and runs of two checkouts must not meet in ~/.prefect

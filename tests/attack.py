@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import http.server
-import shutil
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 WAYS = ("a page of another origin", "a page whose name leads to this machine", "a request without a type")
 
@@ -43,7 +38,7 @@ async ({api, name, script, blind}) => {
 
 
 class _Blank(http.server.BaseHTTPRequestHandler):
-    def do_GET(self) -> None:  # noqa: N802
+    def do_GET(self) -> None:
         self.send_response(200)
         self.send_header("Content-Type", "text/html")
         self.end_headers()
@@ -52,24 +47,8 @@ class _Blank(http.server.BaseHTTPRequestHandler):
         pass
 
 
-@contextmanager
-def hostile_browser() -> Iterator[Any]:
-    """A browser in which every name ending in `.test` leads to this machine."""
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if found is None:
-        pytest.skip("no Chromium on this machine: apt-get install chromium")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=found, args=["--no-sandbox", "--host-resolver-rules=MAP *.test 127.0.0.1"]
-        )
-        yield browser
-        browser.close()
-
-
 def attack(browser: Any, port: int, way: str, marker: Path) -> str:
-    """Attack the Prefect server at `port` of this machine; returns what the page saw.
+    """Attack the Prefect server at `port` of this machine from a page in the tests' browser; returns what the page saw.
 
     The flow and the deployment have the way's name. A worker that runs the deployment makes the file `marker`.
     """
