@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import psutil
 import pytest
@@ -85,7 +86,7 @@ class Services:
         return self.output.read_text(encoding="utf-8")
 
     def await_ready(self, process: subprocess.Popen[bytes]) -> None:
-        wait_for(lambda: "Ctrl-C stops all" in self.text() or process.poll() is not None, 120)
+        wait_for(lambda: "Ctrl-C stops all" in self.text() or process.poll() is not None, 240)
         assert process.poll() is None, self.text()
 
 
@@ -164,6 +165,18 @@ def test_all_start_run_a_flow_and_stop_together(
     assert not set(WAYS) & {flow["name"] for flow in services.ask("POST", "/flows/filter", {})}
     assert services.ask("POST", "/flow_runs/filter", {}) == []
     assert requests.get(f"{services.mlflow}/health", timeout=5).ok
+
+    # The page, by the name that is not in its API's address: for the browser that is another origin.
+    page = browser.new_page()
+    page.set_default_timeout(60_000)
+    asked = set()
+    page.on("request", lambda request: asked.add(urlsplit(request.url).hostname))
+    page.goto(f"http://localhost:{services.ports[0]}/deployments")
+    page.get_by_placeholder("admin:pass").fill(services.password())
+    page.get_by_role("button", name="Login").click()
+    page.get_by_text("voc2012").first.wait_for()
+    page.close()
+    assert asked - {None} == {"localhost", "127.0.0.1"}  # None: pictures inside the page
 
     # A store that the server made must serve `python -m flows.train` without it: no server-only artifact address.
     made = requests.post(
