@@ -67,8 +67,8 @@ def run_experiment(
         command += ["--set-param", f"{key}={_hydra(key, value)}"]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     environment = os.environ | {"PATH": path, "PYTHONUNBUFFERED": "1", "FLOW_PID": str(os.getpid())} | dict(env)
-    for name in (SERVER, CLIENT):  # stages talk to no Prefect server
-        environment.pop(name, None)
+    for password in (SERVER, CLIENT):  # stages talk to no Prefect server
+        environment.pop(password, None)
     child = subprocess.Popen(
         command, cwd=project_root(), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
