@@ -21,6 +21,7 @@ from uuid import uuid4
 import psutil
 from ruamel.yaml import YAML
 
+from flows.password import CLIENT, SERVER
 from segmentation.errors import PipelineError
 from segmentation.files import sha256_file, sha256_json
 from segmentation.paths import DATA_CHECKS, EVALUATION, MODEL, RAW, REPORT, TRAINING, project_root
@@ -66,6 +67,8 @@ def run_experiment(
         command += ["--set-param", f"{key}={_hydra(key, value)}"]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     environment = os.environ | {"PATH": path, "PYTHONUNBUFFERED": "1", "FLOW_PID": str(os.getpid())} | dict(env)
+    for password in (SERVER, CLIENT):  # stages talk to no Prefect server
+        environment.pop(password, None)
     child = subprocess.Popen(
         command, cwd=project_root(), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

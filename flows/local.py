@@ -11,6 +11,7 @@ from pathlib import Path
 
 from prefect.settings import PREFECT_API_URL, PREFECT_SERVER_ALLOW_EPHEMERAL_MODE, temporary_settings
 
+from flows.password import new_password
 from segmentation.errors import PipelineError
 
 
@@ -25,7 +26,14 @@ def by_hand() -> Iterator[None]:
         [sys.executable, str(Path(__file__).with_name("reaper.py")), str(os.getpid())],
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
-    with temporary_settings({PREFECT_SERVER_ALLOW_EPHEMERAL_MODE: True}, restore_defaults={PREFECT_API_URL}):
+    # of its own: what `.env` or the environment has may be another server's, or half filled in
+    password = new_password()
+    settings = {
+        PREFECT_SERVER_ALLOW_EPHEMERAL_MODE: True,
+        "server.api.auth_string": password,
+        "api.auth_string": password,
+    }
+    with temporary_settings(settings, restore_defaults={PREFECT_API_URL}):
         try:
             yield
         except PipelineError as error:

@@ -1,12 +1,14 @@
 """Start the local services, register the deployments, and stop everything together: `python -m flows.services`.
 
 Runs a Prefect server, an MLflow tracking server and a Prefect worker until Ctrl-C, SIGTERM, or the end of any one of
-them. All listen on this machine only. Logs: `scratch/services/<name>.log`.
+them. All listen on this machine only. The Prefect server asks for a password, which is kept in `.env`. Logs:
+`scratch/services/<name>.log`.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
 import contextlib
 import http.client
 import os
@@ -20,6 +22,7 @@ from pathlib import Path
 
 import psutil
 
+from flows.password import get_password
 from segmentation.errors import PipelineError
 from segmentation.paths import project_root, scratch
 
@@ -101,14 +104,19 @@ def run(prefect_port: int, mlflow_port: int, services: list[Service]) -> None:
     check_port("MLflow", mlflow_port, "--mlflow-port")
     if prefect_port == mlflow_port:
         raise PipelineError(f"--prefect-port and --mlflow-port are both {prefect_port}: choose two ports")
-    store = project_root() / "mlruns"
-    store.mkdir(exist_ok=True)
-    logs = scratch() / "services"
-    logs.mkdir(parents=True, exist_ok=True)
+    password = get_password(project_root() / ".env")
+    store, logs = project_root() / "mlruns", scratch() / "services"
+    try:
+        store.mkdir(exist_ok=True)
+        logs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PipelineError(f"{error.filename}: {error.strerror}; start in a checkout that you can write") from None
     prefect_url, mlflow_url = f"http://{HOST}:{prefect_port}", f"http://{HOST}:{mlflow_port}"
     env = {
         # one database a checkout: deployments and runs of two checkouts must not meet in ~/.prefect
         "PREFECT_HOME": str(scratch() / "prefect"),
+        # its own pages, by both names of this machine; Prefect's default is every page
+        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"{prefect_url},http://localhost:{prefect_port}",
         **os.environ,  # telemetry is off in it: see flows/__init__.py
         "PREFECT_API_URL": f"{prefect_url}/api",
         # kept on disk: a slot that was held when the server stopped is given back, and not lost with its memory
@@ -118,9 +126,10 @@ def run(prefect_port: int, mlflow_port: int, services: list[Service]) -> None:
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
         "PYTHONUNBUFFERED": "1",
+        **password.environment(),
     }
 
-    def start(name: str, *arguments: str) -> None:
+    def start(name: str, *arguments: str, env: dict[str, str] = env) -> None:
         log = logs / f"{name}.log"
         with log.open("wb") as out:
             # its own process group: Ctrl-C in the terminal must reach this process only, which stops them in order
@@ -138,24 +147,33 @@ def run(prefect_port: int, mlflow_port: int, services: list[Service]) -> None:
         if code:
             raise PipelineError(f"`prefect {' '.join(arguments)}` failed: see {log}")
 
+    def missing(path: str) -> bool:
+        status = get(prefect_port, path, password.value)
+        if status not in (http.HTTPStatus.OK, http.HTTPStatus.NOT_FOUND):
+            log = logs / "prefect.log"
+            raise PipelineError(f"prefect answers {prefect_url}{path} with {status or 'nothing'}: see {log}")
+        return status == http.HTTPStatus.NOT_FOUND
+
     start("prefect", "prefect", "server", "start", "--host", HOST, "--port", str(prefect_port))
     start(
         "mlflow", "mlflow", "server", "--host", HOST, "--port", str(mlflow_port), "--workers", "1",
         "--backend-store-uri", f"sqlite:///{store / 'mlflow.db'}",
         # plain paths, as `python -m flows.train` writes without a server: a store serves both ways of running
         "--default-artifact-root", (store / "artifacts").as_uri(), "--no-serve-artifacts",
+        env={name: value for name, value in env.items() if not name.startswith("PREFECT_")},
     )  # fmt: skip
     print("starting: Prefect and MLflow servers …", flush=True)
     await_health(services, {"prefect": (prefect_port, "/api/health"), "mlflow": (mlflow_port, "/health")})
-    if get(prefect_port, f"/api/work_pools/{POOL}") == http.HTTPStatus.NOT_FOUND:
+    if missing(f"/api/work_pools/{POOL}"):
         prefect("work-pool", "work-pool", "create", POOL, "--type", "process")
     # one training at a time; `prefect gcl update gpu --limit N` stays as it is set
-    if get(prefect_port, f"/api/v2/concurrency_limits/{GPU}") == http.HTTPStatus.NOT_FOUND:
+    if missing(f"/api/v2/concurrency_limits/{GPU}"):
         prefect("gpu", "global-concurrency-limit", "create", GPU, "--limit", "1")
     prefect("deploy", "deploy", "--all")
     start("worker", "prefect", "worker", "start", "--pool", POOL, "--type", "process")
     print(
-        f"Prefect  {prefect_url}\nMLflow   {mlflow_url}\nlogs     {logs}\n\n"
+        f"Prefect  {prefect_url}\n         asks each browser once for a password: {password.place}\n"
+        f"MLflow   {mlflow_url}\nlogs     {logs}\n\n"
         "In another terminal, with the environment active (. .venv/bin/activate):\n"
         + (f"  export PREFECT_API_URL={prefect_url}/api MLFLOW_TRACKING_URI={mlflow_url}\n")
         + "  dvc repro                                 run the stages by hand\n"
@@ -189,11 +207,12 @@ def check_alive(services: list[Service]) -> None:
             raise PipelineError(f"{service.name} ended by itself (exit code {code}): see {service.log}")
 
 
-def get(port: int, path: str) -> int | None:
+def get(port: int, path: str, password: str = "") -> int | None:
     """Status of a GET on this machine, or None without an answer; past any proxy that the environment names."""
     connection = http.client.HTTPConnection(HOST, port, timeout=5)
+    headers = {"Authorization": f"Basic {base64.b64encode(password.encode()).decode()}"} if password else {}
     try:
-        connection.request("GET", path)
+        connection.request("GET", path, headers=headers)
         return connection.getresponse().status
     except (OSError, http.client.HTTPException):
         return None

@@ -69,7 +69,9 @@ def browser():
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])  # CI runs as root
+        # CI runs as root; a page of `evil.test` comes from this machine, as after a change of the name's address (DNS)
+        arguments = ["--no-sandbox", "--host-resolver-rules=MAP *.test 127.0.0.1"]
+        started = playwright.chromium.launch(executable_path=found, args=arguments)
         yield started
         started.close()
 

@@ -1,12 +1,20 @@
 import fnmatch
 import os
 import re
+import shutil
+import socket
 import subprocess
+import sys
+import time
 import tomllib
 from pathlib import Path
 
 import pytest
+import requests
 from ruamel.yaml import YAML
+
+from tests.attack import WAYS, attack
+from tests.conftest import environment
 
 NEVER_IN_THE_IMAGE = (
     ".env",
@@ -92,7 +100,8 @@ def test_compose_needs_exactly_what_env_example_has(root):
     used = set(re.findall(r"\$\{(\w+)", (root / "compose.yaml").read_text()))
     lines = [line for line in (root / ".env.example").read_text().splitlines() if line and not line.startswith("#")]
     assert used == {line.split("=")[0] for line in lines}
-    assert all(line.endswith("=") for line in lines)  # no secret, and none that works by default
+    # no secret, and none that works by default; the password of Prefect's clients is the server's
+    assert all(line.endswith("=") or re.fullmatch(r"\w+=\$\{\w+\}", line) for line in lines)
 
 
 def test_compose_asks_for_every_secret_and_holds_none(root, compose):
@@ -100,7 +109,7 @@ def test_compose_asks_for_every_secret_and_holds_none(root, compose):
     assert not re.search(r"\$\{\w+:?-", text)  # a default
     for name, service in compose["services"].items():
         for key, value in service.get("environment", {}).items():
-            if re.search("PASSWORD|SECRET|ACCESS_KEY", key):
+            if re.search("PASSWORD|SECRET|ACCESS_KEY|AUTH_STRING", key):
                 assert re.fullmatch(r"\$\{\w+(:\?[^}]*)?\}", value), f"{name}: {key}"
     for variable in re.findall(r"^(\w+)=", (root / ".env.example").read_text(), re.MULTILINE):
         assert f"${{{variable}:?" in text
@@ -120,3 +129,49 @@ def test_compose_waits_for_health_and_listens_on_this_machine_only(compose):
     # the image's own health check asks the model server
     assert "healthcheck" not in services["server"]
     assert all("healthcheck" in service for name, service in services.items() if name != "server")
+
+
+def test_a_hostile_page_gets_nothing_from_the_prefect_server_of_compose(root, compose, tmp_path, browser):
+    """As compose runs it, but on a free port of this machine only, and with SQLite."""
+    service = compose["services"]["prefect"]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [{"0.0.0.0": "127.0.0.1", "4200": str(port)}.get(word, word) for word in service["command"]]
+    assert command[0] == "prefect"
+    env = environment() | {
+        key: re.sub(r"\$\{(\w+)[^}]*\}", "voc:secret", value) for key, value in service["environment"].items()
+    }
+    env |= {
+        "PREFECT_HOME": str(tmp_path),
+        "PREFECT_SERVER_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{tmp_path / 'prefect.db'}",
+    }
+    shutil.copy(root / "prefect.toml", tmp_path)  # it lies in the image's folder, too
+    with (tmp_path / "log").open("wb") as log:
+        server = subprocess.Popen(
+            [sys.executable, "-m", *command], cwd=tmp_path, env=env, stdout=log, stderr=subprocess.STDOUT
+        )
+    try:
+        api = f"http://127.0.0.1:{port}/api"
+        deadline = time.monotonic() + 90
+        while not _healthy(f"{api}/health"):  # as compose asks: without the password
+            assert server.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
+            time.sleep(0.2)
+
+        def ask(path: str, **json: object) -> requests.Response:
+            return requests.post(f"{api}{path}", json=json, auth=("voc", "secret"), timeout=10)
+
+        assert ask("/work_pools/", name="local", type="process").ok
+        seen = [attack(browser, port, way, tmp_path / "unused") for way in WAYS]
+        assert seen == ["TypeError: Failed to fetch", "Error: 401", "sent"]
+        assert ask("/flows/filter").json() == ask("/deployments/filter").json() == []
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+def _healthy(url: str) -> bool:
+    try:
+        return requests.get(url, timeout=5).ok
+    except requests.ConnectionError:
+        return False

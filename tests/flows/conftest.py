@@ -1,9 +1,11 @@
 import os
 from collections.abc import Iterator
+from contextlib import ExitStack, chdir
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_SERVER_API_AUTH_STRING, temporary_settings
 from prefect.testing.utilities import prefect_test_harness
 
 from flows.train import train
@@ -11,8 +13,14 @@ from tests.conftest import TINY
 
 
 @pytest.fixture(scope="session", autouse=True)
-def prefect_server() -> Iterator[None]:
-    with prefect_test_harness(server_startup_timeout=90):
+def prefect_server(tmp_path_factory) -> Iterator[None]:
+    # without a password, whatever the environment or the `.env` of a user's checkout has
+    passwords = {PREFECT_SERVER_API_AUTH_STRING, PREFECT_API_AUTH_STRING}
+    for password in passwords:
+        os.environ.pop(password.name, None)
+    with temporary_settings(restore_defaults=passwords), ExitStack() as stack:
+        with chdir(tmp_path_factory.mktemp("server")):
+            stack.enter_context(prefect_test_harness(server_startup_timeout=90))
         yield
 
 

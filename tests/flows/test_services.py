@@ -1,4 +1,4 @@
-"""The services as a user starts them, with a flow of two lines in place of the real one."""
+"""The services as a user starts them, with a flow of a few lines in place of the real one."""
 
 import os
 import shutil
@@ -9,21 +9,32 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
 import psutil
 import pytest
 import requests
+from dotenv import dotenv_values
+from prefect.settings import PREFECT_API_URL
 from ruamel.yaml import YAML
+
+from tests.attack import WAYS, attack
 
 FLOW = """
 import subprocess
 from typing import Any
 
-from prefect import flow
+from prefect import flow, task
+
+
+@task
+def prepare() -> None: ...
 
 
 @flow
 def train(overrides: dict[str, Any] | None = None, isolated: bool = True) -> None:
+    prepare()
     subprocess.run(["sleep", "600"])
 """
 
@@ -46,21 +57,36 @@ class Services:
 
     def start(self, *arguments: str) -> subprocess.Popen[bytes]:
         ports = ["--prefect-port", str(self.ports[0]), "--mlflow-port", str(self.ports[1])]
-        environment = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_"))}
         with self.output.open("wb") as output:
             return subprocess.Popen(
                 [sys.executable, "-m", "flows.services", *ports, *arguments],
                 cwd=self.folder,
-                env=environment | {"PREFECT_HOME": str(self.folder / "prefect-home"), "PATH": os.defpath},
+                env=self.environment(),
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )
+
+    def environment(self) -> dict[str, str]:
+        env = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_"))}
+        return env | {"PREFECT_HOME": str(self.folder / "prefect-home"), "PATH": os.defpath}
+
+    def password(self) -> str:
+        value = dotenv_values(self.folder / ".env")["PREFECT_API_AUTH_STRING"]
+        assert value
+        return value
+
+    def ask(self, method: str, path: str, json: object = None) -> Any:
+        """What the Prefect server answers to a client with the password."""
+        user, _, secret = self.password().partition(":")
+        answer = requests.request(method, f"{self.api}{path}", json=json, auth=(user, secret), timeout=10)
+        answer.raise_for_status()
+        return answer.json()
 
     def text(self) -> str:
         return self.output.read_text(encoding="utf-8")
 
     def await_ready(self, process: subprocess.Popen[bytes]) -> None:
-        wait_for(lambda: "Ctrl-C stops all" in self.text() or process.poll() is not None, 120)
+        wait_for(lambda: "Ctrl-C stops all" in self.text() or process.poll() is not None, 240)
         assert process.poll() is None, self.text()
 
 
@@ -75,7 +101,7 @@ def wait_for(condition, seconds: float) -> None:
 def services(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Services:
     # one for all tests: the databases are made once, and later starts find a work pool and deployments already there
     folder = tmp_path_factory.mktemp("services") / "a check out"
-    for file in ("flows/__init__.py", "flows/services.py", "prefect.toml", "prefect.yaml"):
+    for file in ("flows/__init__.py", "flows/password.py", "flows/services.py", "prefect.toml", "prefect.yaml"):
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(root / file, folder / file)
     # deployed, but not run here: flows of one line
@@ -114,10 +140,43 @@ def test_an_occupied_port_is_refused_before_anything_starts(
     assert not (services.folder / "mlruns").exists()  # the first test of all: nothing was started yet
 
 
-def test_all_start_run_a_flow_and_stop_together(services: Services, running: subprocess.Popen[bytes]) -> None:
+def test_the_attack_works_where_no_password_is_asked(browser: Any) -> None:
+    """The server of the tests: were the attack out of date, this would say so."""
+    api = PREFECT_API_URL.value()
+    if not requests.get(f"{api}/work_pools/local", timeout=5).ok:
+        requests.post(f"{api}/work_pools/", json={"name": "local", "type": "process"}, timeout=5).raise_for_status()
+    port = int(api.split(":")[2].split("/")[0])
+    assert [attack(browser, port, way, Path("unused")) for way in WAYS] == ["done", "done", "sent"]
+    flows = {flow["name"]: flow["id"] for flow in requests.post(f"{api}/flows/filter", json={}, timeout=5).json()}
+    assert set(WAYS) <= set(flows)
+    runs = requests.post(f"{api}/flow_runs/filter", json={}, timeout=5).json()
+    assert {flows[WAYS[0]], flows[WAYS[1]]} <= {run["flow_id"] for run in runs}
+
+
+def test_all_start_run_a_flow_and_stop_together(
+    services: Services, running: subprocess.Popen[bytes], browser: Any
+) -> None:
     services.await_ready(running)
     assert requests.get(f"{services.api}/health", timeout=5).ok
+
+    marker = services.folder / "attacked"
+    seen = [attack(browser, services.ports[0], way, marker) for way in WAYS]
+    assert seen == ["TypeError: Failed to fetch", "Error: 401", "sent"]
+    assert not set(WAYS) & {flow["name"] for flow in services.ask("POST", "/flows/filter", {})}
+    assert services.ask("POST", "/flow_runs/filter", {}) == []
     assert requests.get(f"{services.mlflow}/health", timeout=5).ok
+
+    # The page, by the name that is not in its API's address: for the browser that is another origin.
+    page = browser.new_page()
+    page.set_default_timeout(60_000)
+    asked = set()
+    page.on("request", lambda request: asked.add(urlsplit(request.url).hostname))
+    page.goto(f"http://localhost:{services.ports[0]}/deployments")
+    page.get_by_placeholder("admin:pass").fill(services.password())
+    page.get_by_role("button", name="Login").click()
+    page.get_by_text("voc2012").first.wait_for()
+    page.close()
+    assert asked - {None} == {"localhost", "127.0.0.1"}  # None: pictures inside the page
 
     # A store that the server made must serve `python -m flows.train` without it: no server-only artifact address.
     made = requests.post(
@@ -130,27 +189,41 @@ def test_all_start_run_a_flow_and_stop_together(services: Services, running: sub
 
     deployments = {}
     for name in ("voc2012", "sample"):
-        deployments[name] = requests.get(f"{services.api}/deployments/name/train/{name}", timeout=5).json()
+        deployments[name] = services.ask("GET", f"/deployments/name/train/{name}")
         (step,) = deployments[name]["pull_steps"]
         assert step["prefect.deployments.steps.set_working_directory"] == {"directory": str(services.folder)}
     assert deployments["voc2012"]["parameters"] == {}
     assert deployments["sample"]["parameters"]["overrides"]["fetch.source"] == "sample"
     assert deployments["sample"]["parameters"]["overrides"]["encoder.pretrained"] is False
-    assert requests.get(f"{services.api}/deployments/name/promote/champion", timeout=5).ok
-    assert requests.get(f"{services.api}/v2/concurrency_limits/gpu", timeout=5).json()["limit"] == 1
+    assert services.ask("GET", "/deployments/name/promote/champion")
+    assert services.ask("GET", "/v2/concurrency_limits/gpu")["limit"] == 1
 
-    url = f"{services.api}/deployments/{deployments['sample']['id']}/create_flow_run"
-    run = requests.post(url, json={"state": {"type": "SCHEDULED"}}, timeout=5).json()
+    # as a user does it: `.env` in the current folder has the password
+    subprocess.run(
+        [sys.executable, "-m", "prefect", "--no-prompt", "deployment", "run", "train/sample"],
+        cwd=services.folder, env=services.environment() | {"PREFECT_API_URL": services.api}, check=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    (run,) = services.ask("POST", "/flow_runs/filter", {})
     me = psutil.Process(running.pid)
     wait_for(lambda: any(p.name() == "sleep" for p in me.children(recursive=True)), 40)
     tree = [me, *me.children(recursive=True)]
     assert len(tree) >= 6  # this one, two servers, worker, flow run, and what the flow run started
+    # Prefect hears of tasks by events, which come through a socket with a log-in of its own
+    done = {"task_runs": {"state": {"type": {"any_": ["COMPLETED"]}}}}
+    wait_for(lambda: services.ask("POST", "/task_runs/filter", done), 20)
+    (task,) = services.ask("POST", "/task_runs/filter", done)
+    assert (task["flow_run_id"], task["task_key"].split("-")[0]) == (run["id"], "prepare")
 
     running.send_signal(signal.SIGTERM)
     assert running.wait(timeout=60) == 0
     assert psutil.wait_procs(tree, timeout=1)[1] == []
     log = (services.folder / "scratch" / "services" / "worker.log").read_text(encoding="utf-8")
     assert "Crashed" in log, f"run {run['id']} could not report its end"
+    assert not marker.exists()
+    secret = services.password().partition(":")[2].encode()
+    written = [file for file in services.folder.rglob("*") if file.is_file() and secret in file.read_bytes()]
+    assert written == [services.folder / ".env"]  # and no log, no database
     assert (services.folder / "mlruns" / "mlflow.db").exists()
     assert (services.folder / "prefect-home" / "prefect.db").exists()
 

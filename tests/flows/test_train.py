@@ -19,6 +19,7 @@ from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
 from ruamel.yaml import YAML
 
 from flows.experiment import _hydra
+from flows.password import CLIENT
 from flows.register import register
 from flows.train import _gpu_slot, train
 from segmentation.errors import PipelineError
@@ -66,7 +67,8 @@ def start(checkout: Path, until: str, **overrides) -> subprocess.Popen:
     options = [f"--set={key}={json.dumps(value)}" for key, value in (TINY | overrides).items()]
     process = subprocess.Popen(
         [sys.executable, "-m", "flows.train", *options],
-        cwd=checkout, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        cwd=checkout, env=environment() | {CLIENT: "me:secret"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     lines = []
     for line in process.stdout:
@@ -299,6 +301,8 @@ def test_killed_in_an_epoch_nothing_is_left_behind_and_the_next_run_goes_on(chec
     changes = {"train.epochs": 20, "train.lr": 0.0003}
     flow = start(checkout, "epoch 2/20", **changes)
     assert temporary_servers(checkout)
+    # Prefect's password is not for what DVC runs
+    assert not any(CLIENT in stage.environ() for stage in stage_processes(checkout))
     flow.send_signal(signal.SIGKILL)
     flow.wait()
     deadline = time.monotonic() + 15
