@@ -53,8 +53,8 @@ def _start_server() -> None:
             pass
     except OSError as error:
         raise PipelineError(
-            f"PREFECT_HOME: {home} cannot be written: {error.strerror or error}; set it to a folder that you can write, "
-            "or unset it"
+            f"PREFECT_HOME: {home} cannot be written: {error.strerror or error}; "
+            "set it to a folder that you can write, or unset it"
         ) from None
     except RuntimeError as error:
         raise PipelineError(

@@ -1,4 +1,4 @@
-"""What programs expect of an account: a home folder and a name. In a container or on a CI machine it may have neither."""
+"""What programs expect of an account: a home folder and a name. In a container it may have neither."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _made(name: str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise PipelineError(
-            f"HOME: is missing or cannot be written, and {folder} cannot be made instead: {error.strerror}; set HOME to "
-            "a folder that you can write"
+            f"HOME: is missing or cannot be written, and {folder} cannot be made instead: {error.strerror}; "
+            "set HOME to a folder that you can write"
         ) from None
     return folder
