@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
-from urllib.request import getproxies
+from urllib.request import getproxies, proxy_bypass
 
 import httpx2
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
@@ -37,7 +37,8 @@ def weights_file(config: Mapping[str, Any]) -> Path:
         if isinstance(found, str):
             return Path(found)
     where = urlsplit(constants.ENDPOINT)
-    proxy = urlsplit(getproxies().get(where.scheme, "")).hostname
+    proxy = "" if proxy_bypass(where.hostname or "") else urlsplit(getproxies().get(where.scheme, "")).netloc
+    proxy = proxy.rpartition("@")[2]  # without a password
     host = f"{where.netloc} (through the proxy {proxy})" if proxy else where.netloc
     try:
         for name in names:
@@ -50,7 +51,7 @@ def weights_file(config: Mapping[str, Any]) -> Path:
             return Path(hf_hub_download(repository, name, revision=revision or None))
     except TimeoutError:
         raise OSError(f"{host} does not answer within {ANSWER_SECONDS:.0f} s") from None
-    except httpx2.HTTPError as error:
+    except httpx2.RequestError as error:
         raise OSError(f"{host} does not answer: {str(error) or type(error).__name__}") from None
     raise OSError(f"{host} has neither of {', '.join(names)} in {repository}")
 
