@@ -241,12 +241,11 @@ def _nearest_key(key: str) -> str:
     """The nearest dotted key, of another section when the name fits better there."""
     section, _, name = key.rpartition(".")
     sections = [field.alias or own for own, field in Settings.model_fields.items()]
-    known = [(of, own) for of in sections for own in _section(of).model_fields]
-
-    def likeness(found: tuple[str, str]) -> float:
-        return _likeness(found[1], name) + 0.3 * _likeness(found[0], section)
-
-    return ".".join(max(known, key=likeness))
+    found = max(
+        ((of, own) for of in sections for own in _section(of).model_fields),
+        key=lambda pair: _likeness(pair[1], name) + 0.3 * _likeness(pair[0], section),
+    )
+    return ".".join(found)
 
 
 def _likeness(one: str, other: str) -> float:
@@ -262,8 +261,8 @@ def _explain(item: Any) -> tuple[str, str]:
     key, value, context = ".".join(location), item["input"], item.get("ctx", {})
     if item["type"] == "extra_forbidden":
         sections = [field.alias or name for name, field in Settings.model_fields.items()]
-        near = _nearest_key(key) if len(location) > 1 else max(sections, key=lambda name: _likeness(name, key))
-        return key, f"unknown key (value {value!r}); did you mean {near}?"
+        meant = _nearest_key(key) if len(location) > 1 else max(sections, key=lambda name: _likeness(name, key))
+        return key, f"unknown key (value {value!r}); did you mean {meant}?"
     if item["type"] == "missing":
         return key, "missing; the default is in the repository's params.yaml"
     if item["type"] == "literal_error":

@@ -9,9 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.train import train
-from segmentation.errors import PipelineError
-from tests.conftest import TINY, environment, git
+from tests.conftest import environment, git
 
 HEAVY = {"prefect", "mlflow", "pandas", "dvc"}
 
@@ -88,13 +86,6 @@ def test_a_fault_of_the_file_is_not_blamed_on_the_command_line(root, tmp_path):
     done, _ = by_hand("train", "--set=train.keep=lst", cwd=tmp_path, env={"PYTHONPATH": str(root)})
     assert "params.yaml: refused\n  train.epochs: 0 is out of range" in done.stderr
     assert "--set: refused\n  train.keep: 'lst' is not one of best, last; the nearest is last" in done.stderr
-
-
-def test_a_deployments_overrides_are_refused_by_their_name(checkout):
-    with pytest.raises(PipelineError, match=r"^overrides: refused\n  train\.epoch: unknown key"):
-        train(TINY | {"train.epoch": 3})
-    with pytest.raises(PipelineError, match=r"encoder\.name: .* the nearest is vit_small_patch14_dinov2"):
-        train(TINY | {"encoder.name": "vit_smal_patch14_dinov2"})
 
 
 def repository(root: Path, folder: Path) -> Path:

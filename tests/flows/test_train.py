@@ -153,8 +153,10 @@ def test_a_revision_that_pins_no_result_is_refused(checkout):
 
 def test_a_refused_override_starts_nothing(checkout):
     before = git(checkout, "for-each-ref", "refs/exps")
-    with pytest.raises(PipelineError, match=r"train\.epoch: unknown key"):
+    with pytest.raises(PipelineError, match=r"^overrides: refused\n  train\.epoch: unknown key"):
         train(TINY | {"train.epoch": 3})
+    with pytest.raises(PipelineError, match=r"encoder\.name: .* the nearest is vit_small_patch14_dinov2"):
+        train(TINY | {"encoder.name": "vit_smal_patch14_dinov2"})
     assert git(checkout, "for-each-ref", "refs/exps") == before
     assert len(versions()) == 1
 

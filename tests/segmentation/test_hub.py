@@ -139,11 +139,11 @@ def test_a_slow_download_is_not_cut_off(weights, cache, monkeypatch):
 REMEDIES = ("HTTPS_PROXY", "HF_ENDPOINT", "encoder.checkpoint", "encoder.pretrained: false")
 
 
-def refusal(seconds: float) -> str:
+def refusal() -> str:
     encoder, start = Encoder(NAME, 64, 1), time.monotonic()
     with pytest.raises(PipelineError) as failure:
         load_weights(encoder, True, None)
-    assert time.monotonic() - start < seconds
+    assert time.monotonic() - start < 15  # huggingface_hub alone tries for a minute
     for words in REMEDIES:
         assert words in str(failure.value)
     return str(failure.value)
@@ -152,7 +152,7 @@ def refusal(seconds: float) -> str:
 def test_a_host_that_does_not_answer_is_named_at_once(cache, monkeypatch):
     url = closed_port()
     at(monkeypatch, url)
-    assert f"{url[7:]} does not answer: [Errno 111] Connection refused" in refusal(seconds=3)
+    assert f"{url[7:]} does not answer: [Errno 111] Connection refused" in refusal()
 
 
 def test_a_host_that_accepts_and_says_nothing_is_given_up(cache, monkeypatch):
@@ -160,7 +160,7 @@ def test_a_host_that_accepts_and_says_nothing_is_given_up(cache, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         host = f"127.0.0.1:{silent.getsockname()[1]}"
         at(monkeypatch, f"http://{host}")
-        assert f"{host} does not answer within 2 s" in refusal(seconds=4)
+        assert f"{host} does not answer within 2 s" in refusal()
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_a_host_that_accepts_and_says_nothing_is_given_up(cache, monkeypatch):
 def test_a_hub_that_refuses_is_quoted(weights, cache, monkeypatch, status, says):
     with running(Hub(weights, status)) as server:
         at(monkeypatch, server.url)
-        assert says in refusal(seconds=3)
+        assert says in refusal()
 
 
 def test_a_cache_that_cannot_be_written_is_named(weights, tmp_path, monkeypatch):
@@ -177,7 +177,7 @@ def test_a_cache_that_cannot_be_written_is_named(weights, tmp_path, monkeypatch)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "file/hub"))
     with running(Hub(weights)) as server:
         at(monkeypatch, server.url)
-        assert str(tmp_path / "file") in refusal(seconds=3)
+        assert str(tmp_path / "file") in refusal()
 
 
 def test_the_environment_decides_on_the_hub_and_on_being_offline(tmp_path, root):
@@ -221,9 +221,10 @@ def test_what_can_be_known_without_a_hub_is_refused_without_one(root, monkeypatc
 
 
 def test_a_check_allocates_no_model(root):
-    start = time.monotonic()
-    check_encoder(settings_of(root, name="vit_7b_patch16_dinov3"), 512, [])  # 27 GB of float32
-    assert time.monotonic() - start < 20
+    start = time.process_time()
+    settings = settings_of(root, name="vit_giant_patch14_dinov2", pretrained=False)  # 4.5 GB of float32
+    check_encoder(settings, 518, [])
+    assert time.process_time() - start < 10
 
 
 def test_encode_and_train_ask_for_weights(root, monkeypatch, cache):
