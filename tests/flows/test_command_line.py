@@ -61,7 +61,7 @@ def test_what_is_wrong_is_said_once_and_at_once(arguments, says, root):
     assert done.returncode == 1
     assert done.stderr.startswith("error: ")
     assert done.stderr.count(says) == 1
-    assert "params.yaml" not in done.stderr
+    assert "params.yaml: " not in done.stderr
     assert done.stdout == ""
     assert not imported & (HEAVY | {"torch"})
     assert (
