@@ -64,13 +64,21 @@ def train() -> tuple[dict[str, Any], bool]:
 
 
 def register() -> str:
-    """The revision to register."""
+    """The revision to register.
+
+    Raises:
+        PipelineError: there is no such revision, or git cannot look.
+    """
+    from flows.experiment import find_revision
+
     parser = argparse.ArgumentParser(
         prog="python -m flows.register",
         description="Register a finished run's model in MLflow. A result is registered only once.",
     )
     parser.add_argument("revision", help="an experiment's name (`dvc exp list`) or a git revision, such as HEAD")
-    return parser.parse_args().revision
+    revision = parser.parse_args().revision
+    find_revision(revision)
+    return revision
 
 
 def promote() -> tuple[str, str | None]:
