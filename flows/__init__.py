@@ -5,6 +5,9 @@ import os
 import sys
 from importlib.util import find_spec
 
+from segmentation.account import complete_account
+from segmentation.errors import PipelineError
+
 # read when mlflow, prefect and dvc are imported, so set before any of them; MLflow ignores DO_NOT_TRACK=1
 os.environ.setdefault("DO_NOT_TRACK", "true")
 os.environ.setdefault("DVC_NO_ANALYTICS", "1")
@@ -16,11 +19,14 @@ os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 if find_spec("prefect") is None:
     sys.exit(f"{sys.executable} lacks the project's packages: run `make install`, then `. .venv/bin/activate`")
 
+try:
+    complete_account()
+except PipelineError as error:
+    sys.exit(f"error: {error}")
+
 
 def _without_traceback(record: logging.LogRecord) -> bool:
     """Prefect logs what ends a run with its traceback; of an error that the user can mend the message is enough."""
-    from segmentation.errors import PipelineError
-
     if record.exc_info and isinstance(record.exc_info[1], PipelineError):
         record.exc_info = None
         record.exc_text = None

@@ -25,6 +25,7 @@ from flows.password import CLIENT, SERVER
 from segmentation.errors import PipelineError
 from segmentation.files import sha256_file, sha256_json
 from segmentation.paths import DATA_CHECKS, EVALUATION, MODEL, RAW, REPORT, TRAINING, project_root
+from segmentation.settings import Settings, load_settings
 from segmentation.voc import VocFolder, parse_lines
 
 GRACE_SECONDS = 10
@@ -61,7 +62,7 @@ def run_experiment(
     Raises:
         PipelineError: a stage failed; with the lines that say why.
     """
-    _check_identity()
+    check_repository()
     command = [sys.executable, "-m", "dvc", "exp", "run", "--name", name, *(["--temp"] if isolated else [])]
     for key, value in overrides.items():
         command += ["--set-param", f"{key}={_hydra(key, value)}"]
@@ -118,15 +119,16 @@ def find_revision(name: str) -> Revision:
     Raises:
         PipelineError: there is none.
     """
+    check_repository()
     for line in _git("for-each-ref", "--format=%(objectname) %(refname)", "refs/exps").splitlines():
         commit, ref = line.split(" ", 1)
         parts = ref.split("/")  # refs/exps/<2 digits>/<38 digits of the commit it started from>/<name>
         if parts[-1] == name and len(parts) == 5:
             return Revision(name, commit, parts[2] + parts[3])
-    try:
-        commit = _git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}").strip()
-    except subprocess.CalledProcessError:
-        raise PipelineError(f"{name!r} is no experiment (`dvc exp list`) and no git revision") from None
+    found = _try_git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}")
+    if found.returncode:
+        raise PipelineError(f"{name!r} is no experiment (`dvc exp list`) and no git revision")
+    commit = found.stdout.decode().strip()
     # Named by its commit: what `HEAD` or a branch stands for changes, and so would what lies in its folder.
     return Revision(commit[:12], commit, commit)
 
@@ -229,7 +231,7 @@ def _check_lock(revision: Revision, lock: dict[str, Any], params: dict[str, Any]
     # stages share modules: each is asked for once
     code = {(dep["path"], dep["md5"]) for stage in stages for dep in stage["deps"] if dep["path"].endswith(".py")}
     for path, md5 in code:
-        shown = subprocess.run(["git", "show", f"{revision.commit}:{path}"], cwd=project_root(), capture_output=True)
+        shown = _try_git("show", f"{revision.commit}:{path}")  # a file that the commit lacks is another one, too
         if hashlib.md5(shown.stdout, usedforsecurity=False).hexdigest() != md5:
             stale.add(path)
     if stale:
@@ -244,15 +246,46 @@ def _value(params: dict[str, Any], key: str) -> Any:
     return params.get(section, {}).get(name) if name else params.get(section)
 
 
-def _check_identity() -> None:
-    """DVC commits uncommitted edits to carry them along, and git wants a name for that."""
-    try:
-        _git("rev-parse", "--verify", "--quiet", "HEAD")
-    except (subprocess.CalledProcessError, FileNotFoundError):
+def check_settings(overrides: Mapping[str, Any], named: str) -> Settings:
+    """The settings of a run, after all that can be known of them without data, network or server.
+
+    Args:
+        overrides: values by dotted key of `params.yaml`.
+        named: where they come from, as the user knows it.
+
+    Raises:
+        PipelineError: a key, a value or the encoder is refused.
+    """
+    settings = load_settings(project_root() / "params.yaml", overrides, named)
+    for key, value in overrides.items():
+        _hydra(key, value)
+    from segmentation.encoder import check_encoder  # torch takes seconds
+
+    check_encoder(settings.encoder, settings.preprocess.image_size, settings.decoder.skip_connections)
+    return settings
+
+
+def check_repository() -> None:
+    """Whether git can keep a run here. DVC commits uncommitted edits to carry them along, and that needs a name.
+
+    Raises:
+        PipelineError: it cannot; with git's own words where they say more.
+    """
+    where = project_root()
+    found = _try_git("rev-parse", "--is-inside-work-tree")
+    if b"not a git repository" in found.stderr:
         raise PipelineError(
-            f"{project_root()}: no git repository with a commit, and a run is kept as one; "
+            f"{where}: no git repository, and a run is kept as a commit; "
             "clone the project, or: git init && git add -A && git commit"
-        ) from None
+        )
+    if found.returncode:
+        raise PipelineError(f"{where}: git refuses this folder:\n{found.stderr.decode(errors='replace').strip()}")
+    if found.stdout.strip() != b"true":
+        raise PipelineError(f"{where}: this is git's own folder or a bare repository; clone it, and run in the clone")
+    if _try_git("rev-parse", "--verify", "--quiet", "HEAD").returncode:
+        raise PipelineError(
+            f"{where}: the git repository has no commit yet, and a run starts from one: git add -A && git commit"
+        )
     if not _git("status", "--porcelain", "--untracked-files=no"):
         return
     for key in ("user.name", "user.email"):
@@ -264,9 +297,22 @@ def _check_identity() -> None:
 
 
 def _git(*arguments: str) -> str:
-    return subprocess.run(
-        ["git", *arguments], cwd=project_root(), check=True, stdout=subprocess.PIPE, text=True
-    ).stdout  # fmt: skip
+    done = _try_git(*arguments)
+    if done.returncode:
+        raise PipelineError(f"`git {' '.join(arguments)}` failed: {done.stderr.decode(errors='replace').strip()}")
+    return done.stdout.decode()
+
+
+def _try_git(*arguments: str) -> subprocess.CompletedProcess[bytes]:
+    try:
+        # in English: its words are looked at
+        return subprocess.run(
+            ["git", *arguments], cwd=project_root(), env=os.environ | {"LC_ALL": "C"}, capture_output=True, check=False
+        )
+    except FileNotFoundError:
+        raise PipelineError(
+            "git: not found, and a run is kept as a commit; install it (Debian, Ubuntu: apt-get install git)"
+        ) from None
 
 
 def _hydra(key: str, value: Any) -> str:

@@ -9,7 +9,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from prefect.settings import PREFECT_API_URL, PREFECT_SERVER_ALLOW_EPHEMERAL_MODE, temporary_settings
+from filelock import FileLock
+from prefect.client.orchestration import get_client
+from prefect.settings import (
+    PREFECT_API_URL,
+    PREFECT_HOME,
+    PREFECT_SERVER_ALLOW_EPHEMERAL_MODE,
+    temporary_settings,
+)
 
 from flows.password import new_password
 from segmentation.errors import PipelineError
@@ -35,6 +42,29 @@ def by_hand() -> Iterator[None]:
     }
     with temporary_settings(settings, restore_defaults={PREFECT_API_URL}):
         try:
+            _start_server()
             yield
         except PipelineError as error:
             sys.exit(f"error: {error}")
+
+
+def _start_server() -> None:
+    """Start the temporary server that the flow will use: one at a time, for two that make the database disturb it.
+
+    Raises:
+        PipelineError: it does not start.
+    """
+    home = PREFECT_HOME.value()
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        with FileLock(home / "start.lock"), get_client(sync_client=True):
+            pass
+    except OSError as error:
+        raise PipelineError(
+            f"PREFECT_HOME: {home} cannot be written: {error.strerror or error}; "
+            "set it to a folder that you can write, or unset it"
+        ) from None
+    except RuntimeError as error:
+        raise PipelineError(
+            f"Prefect's temporary server does not start, with its database in {home}: {error}"
+        ) from None

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
+if __name__ == "__main__":  # before Prefect is imported, which takes seconds and computes its folders
+    from flows import command_line
+
+    ARGUMENTS = command_line.read(command_line.predict)
+
 import time
 from pathlib import Path
 from typing import Any
@@ -64,17 +68,10 @@ def predict_folder(source: Path, out: Path, which: str, overlays: bool) -> dict[
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="Predict the masks of a folder or a list of photos here and now, without a Prefect server."
-    )
-    parser.add_argument("source", metavar="FOLDER_OR_LIST", help="a folder, or a text file with one path a line")
-    parser.add_argument("--out", metavar="DIR", help="where to write (default: runs/predictions/NAME)")
-    parser.add_argument("--version", default="champion", help="an alias or a version number (default: champion)")
-    parser.add_argument("--overlays", action="store_true", help="also write each photo with its mask over it")
-    arguments = parser.parse_args()
+def main(source: str, out: str | None, version: str, overlays: bool) -> None:
+    """Run the flow by hand, and say what came of it."""
     with by_hand():
-        result = predict(arguments.source, arguments.out, arguments.version, arguments.overlays)
+        result = predict(source, out, version, overlays)
     print(
         f"\n  photos   {result['photos']}: {result['failed']} failed, {result['done_before']} were done before\n"
         f"  table    {result['table']}\n"
@@ -82,4 +79,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(**vars(ARGUMENTS))

@@ -5,7 +5,11 @@ Exit status by hand: 0 = it is the champion, 3 = the gate refused it, 1 = an err
 
 from __future__ import annotations
 
-import argparse
+if __name__ == "__main__":  # before Prefect is imported, which takes seconds and computes its folders
+    from flows import command_line
+
+    ARGUMENTS = command_line.read(command_line.promote)
+
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -127,19 +131,10 @@ def _markdown(decision: dict[str, Any], why: str) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="Promote a model version to champion, if the gate lets it.",
-        epilog="Exit status: 0 = it is the champion, 3 = refused, 1 = an error. "
-        "With `make services` running: prefect deployment run 'promote/champion'",
-    )
-    parser.add_argument(
-        "--version", default="challenger", metavar="N", help="version number or alias (default: challenger, the newest)"
-    )
-    parser.add_argument("--force", metavar="REASON", help="promote it whatever the comparison says; the reason is kept")
-    arguments = parser.parse_args()
+def main(version: str, force_reason: str | None) -> None:
+    """Run the flow by hand, and say what came of it."""
     with by_hand():
-        decision = promote(arguments.version, arguments.force)
+        decision = promote(version, force_reason)
     print(f"{OUTCOMES[decision['verdict']]}: models:/{MODEL_NAME}/{decision['candidate']['version']}")
     for reason in decision["reasons"]:
         print(f"  {reason}")
@@ -147,4 +142,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(*ARGUMENTS)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
+if __name__ == "__main__":  # before Prefect is imported, which takes seconds and computes its folders
+    from flows import command_line
+
+    ARGUMENTS = command_line.read(command_line.register)
+
 from pathlib import Path
 
 from prefect import flow, task
@@ -32,14 +36,12 @@ def register_model(revision: Revision, folder: Path, run_id: str | None) -> Regi
     return registry.register(folder, lineage(revision, folder), run_id)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("revision", help="an experiment's name (`dvc exp list`) or a git revision, such as HEAD")
-    arguments = parser.parse_args()
+def main(revision: str) -> None:
+    """Run the flow by hand, and say what came of it."""
     with by_hand():
-        version = register(arguments.revision)
+        version = register(revision)
     print(f"registered: models:/{MODEL_NAME}/{version}")
 
 
 if __name__ == "__main__":
-    main()
+    main(ARGUMENTS)

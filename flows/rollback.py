@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
+if __name__ == "__main__":  # before Prefect is imported, which takes seconds and computes its folders
+    from flows import command_line
+
+    ARGUMENTS = command_line.read(command_line.rollback)
+
 from typing import Any
 
 from prefect import flow
@@ -48,17 +52,12 @@ def rollback(reason: str) -> dict[str, str]:
     return state
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="Make the version at `previous` the champion again.",
-        epilog="With `make services` running: prefect deployment run 'rollback/champion' --param 'reason=…'",
-    )
-    parser.add_argument("reason", help="why, for the record")
-    arguments = parser.parse_args()
+def main(reason: str) -> None:
+    """Run the flow by hand, and say what came of it."""
     with by_hand():
-        moved = rollback(arguments.reason)
+        moved = rollback(reason)
     print(f"champion: models:/{MODEL_NAME}/{moved['champion']}, previous: models:/{MODEL_NAME}/{moved['previous']}")
 
 
 if __name__ == "__main__":
-    main()
+    main(ARGUMENTS)

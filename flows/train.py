@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
+if __name__ == "__main__":  # before Prefect is imported, which takes seconds and computes its folders
+    from flows import command_line
+
+    ARGUMENTS = command_line.read(command_line.train)
+
 import json
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -15,8 +19,6 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
 from prefect.concurrency.sync import concurrency
 from prefect.exceptions import ObjectNotFound
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
 from flows import experiment
 from flows.experiment import Revision
@@ -26,7 +28,6 @@ from flows.services import GPU
 from segmentation.errors import PipelineError
 from segmentation.paths import DATA_CHECKS, EVALUATION, REPORT, TRAINING, project_root
 from segmentation.registry import MODEL_NAME, Registered
-from segmentation.settings import load_settings
 
 
 @flow(name="train")
@@ -38,7 +39,7 @@ def train(overrides: dict[str, Any] | None = None, isolated: bool = True) -> dic
         isolated: run in a temporary copy, so that the checkout is not touched; else in the checkout itself.
     """
     overrides = dict(overrides or {})
-    settings = load_settings(project_root() / "params.yaml", overrides)
+    settings = experiment.check_settings(overrides, "overrides")
     if settings.fetch.source == "directory":
         # DVC watches the folder, and looks for it from wherever the experiment runs
         overrides["fetch.directory"] = str((project_root() / settings.fetch.directory).resolve())
@@ -159,28 +160,10 @@ def _summary(name: str, folder: Path, registered: Registered) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="Train, evaluate and register here and now, without a Prefect server.",
-        epilog="With `make services` running: prefect deployment run 'train/voc2012'",
-    )
-    parser.add_argument("--deployment", metavar="NAME", help="take the parameters of train/NAME in prefect.yaml")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of params.yaml")
-    parser.add_argument("--in-place", action="store_true", help="run in the checkout, not in a temporary copy")
-    arguments = parser.parse_args()
-    yaml = YAML(typ="safe")
+def main(overrides: dict[str, Any], isolated: bool) -> None:
+    """Run the flow by hand, and say what came of it."""
     with by_hand():
-        overrides = _deployment_overrides(arguments.deployment) if arguments.deployment else {}
-        for setting in arguments.set:
-            key, separator, value = setting.partition("=")
-            if not separator:
-                raise PipelineError(f"--set {setting}: write it as key=value, for example train.epochs=2")
-            try:
-                overrides[key] = yaml.load(value)
-            except YAMLError as error:
-                reason = str(error).splitlines()[0]
-                raise PipelineError(f"--set {setting}: {value!r} is no YAML value: {reason}; quote it") from None
-        result = train(overrides, isolated=not arguments.in_place)
+        result = train(overrides, isolated)
     aliases = ", ".join(f"models:/{MODEL_NAME}@{alias}" for alias in result["aliases"])
     print(
         f"\n  mIoU            {result['miou']:.4f} on the val split (pixel accuracy {result['pixel_accuracy']:.4f})\n"
@@ -191,14 +174,5 @@ def main() -> None:
     )
 
 
-def _deployment_overrides(name: str) -> dict[str, Any]:
-    file = project_root() / "prefect.yaml"
-    deployments = YAML(typ="safe").load(file.read_text(encoding="utf-8"))["deployments"]
-    known = {entry["name"]: entry for entry in deployments if entry["entrypoint"].startswith("flows/train.py")}
-    if name not in known:
-        raise PipelineError(f"--deployment {name}: {file.name} has {', '.join(known)}")
-    return dict(known[name].get("parameters", {}).get("overrides") or {})
-
-
 if __name__ == "__main__":
-    main()
+    main(*ARGUMENTS)

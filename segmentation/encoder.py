@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
@@ -16,7 +15,9 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from segmentation.encoder_names import check_name
 from segmentation.errors import PipelineError
+from segmentation.hub import weights_file
 from segmentation.paths import project_root
 
 if TYPE_CHECKING:  # the registered model runs without what settings need
@@ -152,6 +153,24 @@ def checkpoint_path(settings: EncoderSettings) -> Path | None:
     return project_root() / Path(settings.checkpoint).expanduser() if settings.checkpoint else None
 
 
+def check_encoder(settings: EncoderSettings, image_size: int, skip_connections: Sequence[int]) -> None:
+    """Refuse what can be known to be wrong without network and weights; nothing is computed or allocated.
+
+    Raises:
+        PipelineError: as `Encoder`; the checkpoint is missing, or there are no pretrained weights to load.
+    """
+    with torch.device("meta"):
+        encoder = Encoder(settings.name, image_size, settings.trainable_blocks, skip_connections)
+    checkpoint = checkpoint_path(settings)
+    if checkpoint is not None:
+        _check_is_file(checkpoint)
+    elif settings.pretrained and not any(encoder.vit.pretrained_cfg.get(key) for key in ("hf_hub_id", "url", "file")):
+        raise PipelineError(
+            f"encoder.pretrained: timm has no weights of {settings.name}; choose another encoder.name, set "
+            "encoder.checkpoint to a weights file, or set encoder.pretrained: false to train from random weights"
+        )
+
+
 def create_encoder(settings: EncoderSettings, image_size: int, skip_connections: Sequence[int]) -> Encoder:
     """The encoder that the settings describe, with the weights that training starts from.
 
@@ -182,35 +201,30 @@ def load_weights(encoder: Encoder, pretrained: bool, checkpoint: Path | None) ->
 
 
 def _create(name: str, image_size: int) -> ViT:
+    check_name(name)
     try:
         # dynamic: test-time scales and windows come in other sizes
         vit = timm.create_model(
             name, pretrained=False, img_size=image_size, dynamic_img_size=True, num_classes=0, global_pool=""
         )
     except (RuntimeError, ValueError, OSError, AssertionError, TypeError) as error:
-        if "Unknown model" not in str(error):
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise PipelineError(f"encoder.name: timm cannot build {name!r} at {image_size}: {reason}") from None
-        near = difflib.get_close_matches(
-            name, timm.list_models("vit_*") + timm.list_pretrained("vit_*"), n=1, cutoff=0.0
-        )
-        raise PipelineError(f"encoder.name: timm knows no {name!r}; the nearest is {near[0]}") from None
-    if not isinstance(vit, VisionTransformer | Eva):
-        raise PipelineError(
-            f"encoder.name: {name!r} is a {type(vit).__name__}, no plain ViT; try vit_base_patch14_dinov2"
-        )
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise PipelineError(f"encoder.name: timm cannot build {name!r} at {image_size}: {reason}") from None
+    assert isinstance(vit, VisionTransformer | Eva)  # check_name knows their modules
     return vit
 
 
 def _load_pretrained(vit: ViT, name: str) -> None:
+    config = vit.pretrained_cfg
     try:
+        overlay = {"state_dict": _read(weights_file(config))} if config.get("hf_hub_id") else {}
         source = timm.create_model(
             name, pretrained=True, img_size=vit.patch_embed.img_size, dynamic_img_size=True,
-            num_classes=0, global_pool="",
+            num_classes=0, global_pool="", pretrained_cfg_overlay=overlay,
         )  # fmt: skip
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise PipelineError(
-            f"encoder.pretrained: the weights of {name} cannot be had ({str(error).splitlines()[0]}). Either\n"
+            f"encoder.pretrained: the weights of {name} cannot be loaded ({str(error).splitlines()[0]}). Either\n"
             "  - connect to the Hugging Face hub (a proxy: HTTPS_PROXY; a mirror: HF_ENDPOINT),\n"
             "  - set encoder.checkpoint to a local weights file, timm's or the official DINOv2 release's, or\n"
             "  - set encoder.pretrained: false to train from random weights"
@@ -218,14 +232,22 @@ def _load_pretrained(vit: ViT, name: str) -> None:
     vit.load_state_dict(source.state_dict())
 
 
+def _check_is_file(checkpoint: Path) -> None:
+    if not checkpoint.is_file():
+        raise PipelineError(f"encoder.checkpoint: {checkpoint} not found")
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    """A weights file's tensors; pickle is not executed."""
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
 def _load_checkpoint(vit: ViT, name: str, path: Path) -> None:
-    if not path.is_file():
-        raise PipelineError(f"encoder.checkpoint: {path} not found")
+    _check_is_file(path)
     try:
-        if path.suffix == ".safetensors":
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        state = _read(path)
     except (SafetensorError, OSError, EOFError, RuntimeError, ValueError) as error:
         raise PipelineError(f"encoder.checkpoint: {path} cannot be read: {error}") from None
     except Exception as error:  # pickle.UnpicklingError and what corrupt pickles raise

@@ -182,12 +182,15 @@ class Settings(Section):
         return [f"{text}; it has no effect" for holds, text in cases if holds]
 
 
-def load_settings(path: Path = PARAMS_FILE, overrides: Mapping[str, Any] | None = None) -> Settings:
+def load_settings(
+    path: Path = PARAMS_FILE, overrides: Mapping[str, Any] | None = None, named: str = "overrides"
+) -> Settings:
     """Read and check all settings.
 
     Args:
         path: the YAML file.
         overrides: values by dotted key (`{"train.epochs": 2}`) that replace those of the file.
+        named: where the overrides come from, as the user knows it: messages about them begin with it.
 
     Raises:
         PipelineError: the file is missing or unreadable, or a value is refused; all refusals are listed.
@@ -200,20 +203,53 @@ def load_settings(path: Path = PARAMS_FILE, overrides: Mapping[str, Any] | None 
         raise PipelineError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise PipelineError(f"{path}: expected one section per stage, found {type(values).__name__}")
-    for key, value in (overrides or {}).items():
-        section, _, name = key.partition(".")
-        if not isinstance(values.get(section, {}), dict) or not name:
-            raise PipelineError(f"override {key!r}: write it as section.key, for example train.epochs")
-        values.setdefault(section, {})[name] = value
+    changed = _with(values, overrides or {}, named)
     try:
-        return Settings.model_validate(values)
+        return Settings.model_validate(changed)
     except ValidationError as error:
-        reasons: dict[str, list[str]] = {}  # a value that may be of two types has one for each
-        for item in error.errors():
-            key, reason = _explain(item)
-            reasons.setdefault(key, []).append(reason)
-        lines = [f"  {key}: " * bool(key) + "; or: ".join(listed) for key, listed in reasons.items()]
-        raise PipelineError("\n".join([f"{path}: refused", *lines])) from None
+        refused = _refusals(error)
+    try:  # what is wrong without the overrides is wrong in the file
+        Settings.model_validate(values)
+        of_file = []
+    except ValidationError as error:
+        of_file = _refusals(error)
+    of_overrides = [line for line in refused if line not in of_file]
+    blocks = [(path, [line for line in refused if line in of_file]), (named, of_overrides)]
+    raise PipelineError("\n".join("\n".join([f"{source}: refused", *lines]) for source, lines in blocks if lines))
+
+
+def _with(values: dict[str, Any], overrides: Mapping[str, Any], named: str) -> dict[str, Any]:
+    changed = {section: dict(keys) if isinstance(keys, dict) else keys for section, keys in values.items()}
+    for key, value in overrides.items():
+        section, _, name = key.partition(".")
+        if not isinstance(changed.get(section, {}), dict) or not name:
+            raise PipelineError(f"{named}: {key!r} is no key; write it as section.key, for example {_nearest_key(key)}")
+        changed.setdefault(section, {})[name] = value
+    return changed
+
+
+def _refusals(error: ValidationError) -> list[str]:
+    """A line for each key."""
+    reasons: dict[str, list[str]] = {}  # a value that may be of two types has one for each
+    for item in error.errors():
+        key, reason = _explain(item)
+        reasons.setdefault(key, []).append(reason)
+    return [f"  {key}: " * bool(key) + "; or: ".join(listed) for key, listed in reasons.items()]
+
+
+def _nearest_key(key: str) -> str:
+    """The nearest dotted key, of another section when the name fits better there."""
+    section, _, name = key.rpartition(".")
+    sections = [field.alias or own for own, field in Settings.model_fields.items()]
+    found = max(
+        ((of, own) for of in sections for own in _section(of).model_fields),
+        key=lambda pair: _likeness(pair[1], name) + 0.3 * _likeness(pair[0], section),
+    )
+    return ".".join(found)
+
+
+def _likeness(one: str, other: str) -> float:
+    return difflib.SequenceMatcher(None, one, other).ratio()
 
 
 def _explain(item: Any) -> tuple[str, str]:
@@ -224,10 +260,9 @@ def _explain(item: Any) -> tuple[str, str]:
     ]
     key, value, context = ".".join(location), item["input"], item.get("ctx", {})
     if item["type"] == "extra_forbidden":
-        section = Settings if len(location) == 1 else _section(location[0])
-        known = [field.alias or name for name, field in section.model_fields.items()]
-        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.0)
-        return key, f"unknown key (value {value!r}); did you mean {'.'.join([*location[:-1], near[0]])}?"
+        sections = [field.alias or name for name, field in Settings.model_fields.items()]
+        meant = _nearest_key(key) if len(location) > 1 else max(sections, key=lambda name: _likeness(name, key))
+        return key, f"unknown key (value {value!r}); did you mean {meant}?"
     if item["type"] == "missing":
         return key, "missing; the default is in the repository's params.yaml"
     if item["type"] == "literal_error":

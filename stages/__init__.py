@@ -9,6 +9,9 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+from segmentation.account import complete_account
+from segmentation.errors import PipelineError
+
 if find_spec("pydantic") is None or find_spec("lightning") is None:
     here = Path.cwd()
     found = [p / ".venv" for p in (here, *here.parents) if (p / ".venv" / "bin" / "python").exists()]
@@ -16,3 +19,8 @@ if find_spec("pydantic") is None or find_spec("lightning") is None:
         sys.exit(f"{sys.executable} lacks the project's packages: run `make install`, then `. .venv/bin/activate`")
     python = str(found[0] / "bin" / "python")
     os.execv(python, [python, *sys.orig_argv[1:]])
+
+try:
+    complete_account()
+except PipelineError as error:
+    sys.exit(f"error: {error}")

@@ -8,9 +8,9 @@ def main(settings: Settings) -> None:
     from segmentation.fetch import fetch
 
     if settings.fetch.source != "sample":  # what is wrong with it shows before a long download
-        from segmentation.encoder import create_encoder
+        from segmentation.encoder import check_encoder
 
-        create_encoder(settings.encoder, settings.preprocess.image_size, settings.decoder.skip_connections)
+        check_encoder(settings.encoder, settings.preprocess.image_size, settings.decoder.skip_connections)
     fetch(settings.fetch)
 
 

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import mlflow
@@ -63,11 +62,10 @@ def artifact(key: str) -> str:
         return client.request("GET", "/artifacts/{key}/latest", path_params={"key": key}).json()["data"]
 
 
-def test_a_worse_model_is_refused_with_a_status_of_its_own(two_versions, monkeypatch, capsys):
+def test_a_worse_model_is_refused_with_a_status_of_its_own(two_versions, capsys):
     assert not (two_versions / "data/raw").exists()  # the photos come from the run's commit
-    monkeypatch.setattr(sys, "argv", ["flows.promote", "--version", "1"])
     with pytest.raises(SystemExit) as ended:
-        promotion.main()
+        promotion.main("1", None)
     assert ended.value.code == 3
     assert f"Refused: models:/{MODEL_NAME}/1\n  gain: mIoU" in capsys.readouterr().out
     assert aliases() == {"challenger": "2", "champion": "2"}

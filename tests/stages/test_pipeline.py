@@ -101,6 +101,20 @@ def test_a_wrong_encoder_shows_before_the_data_is_fetched(new_checkout, tmp_path
     assert "VOCtrainval" not in failed.stdout
 
 
+def test_masks_are_validated_without_weights(new_checkout, tmp_path):
+    checkout, folder = new_checkout(), VocFolder(tmp_path / "own")
+    draw_sample(folder.root, 2)
+    own = {"fetch.source": "directory", "fetch.directory": str(folder.root), "encoder.pretrained": True}
+    set_params(checkout, TINY | own)
+    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "huggingface")}
+    done = dvc(checkout, "repro", "validate", env=environment() | nowhere)
+    assert done.returncode == 0, done.stdout
+    failed = dvc(checkout, "repro", env=environment() | nowhere)
+    assert failed.returncode != 0
+    assert "the weights of vit_small_patch14_dinov2 cannot be loaded (127.0.0.1:9 does not answer" in failed.stdout
+    assert ran(failed.stdout) == ["encode"]
+
+
 def test_a_refused_setting_stops_the_first_stage(reproduced, new_checkout):
     checkout = new_checkout()
     set_params(checkout, TINY | {"preprocess.image_size": 500, "fetch.source": "sample"})
