@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from tqdm import tqdm
 
 from segmentation.errors import PipelineError
 from segmentation.files import atomic_path
 from segmentation.images import Pixels, mask_image, read_mask, read_photo, resize_mask, resize_photo
 from segmentation.parallel import thread_pool
+from segmentation.progress import Progress
 from segmentation.voc import SPLITS, VOID, VocFolder, is_safe_id
 
 SCHEMA = pa.schema(
@@ -82,10 +82,10 @@ def preprocess(raw: Path, processed: Path, size: int) -> None:
         (processed / name).mkdir(parents=True, exist_ok=True)
 
     pairs: dict[str, Pair] = {}
-    with tqdm(total=len(identifiers), desc=f"resize to {size}", unit="pair", disable=None) as bar:
+    with Progress(f"preprocess: resize to {size}×{size}", len(identifiers), "pair") as progress:
         for identifier, pair in _process_all(raw, processed, size, classes, identifiers):
             pairs[identifier] = pair
-            bar.update()
+            progress.advance()
 
     rows = [{"id": name, "split": split, "size": size, **asdict(pairs[name])} for split, name in listed]
     with atomic_path(processed / "manifest.parquet") as temporary:
@@ -100,8 +100,7 @@ def _process_all(
 ) -> Iterator[tuple[str, Pair]]:
     """Process pairs on all cores, a bounded number in flight; yields them as they finish."""
     waiting = iter(identifiers)
-    pool, workers = thread_pool(len(identifiers))
-    with pool:
+    with thread_pool(len(identifiers)) as (pool, workers):
         running: dict[Future[Pair], str] = {}
         while True:
             for identifier in islice(waiting, 4 * workers - len(running)):

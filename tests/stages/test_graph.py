@@ -16,7 +16,7 @@ ENTRY = {
     "evaluate": ["evaluation", "report"],
 }
 # They carry values, names, messages and checkpoints: what they say is in params.yaml or in the outputs' own paths.
-NOT_DECIDING = {"checkpoints", "errors", "files", "paths", "settings", "tracking"}
+NOT_DECIDING = {"checkpoints", "errors", "files", "paths", "progress", "settings", "tracking"}
 
 
 @pytest.fixture(scope="module")
