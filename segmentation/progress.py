@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
@@ -16,8 +17,8 @@ EVERY = 30.0  # seconds between two lines; what ends sooner prints none
 
 
 def on_terminal() -> bool:
-    """Whether a bar can be drawn: bars go to stderr, lines to stdout."""
-    return sys.stderr.isatty()
+    """Whether a bar can be drawn: bars go to stderr, lines to stdout. Some terminals say that they have no width."""
+    return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
 
 
 def print_line(text: str) -> None:

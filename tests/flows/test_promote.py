@@ -1,8 +1,10 @@
 """The flows, in a checkout that trained a version."""
 
 import json
+import re
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import mlflow
@@ -14,6 +16,7 @@ from flows import promote as promotion
 from flows.promote import promote
 from flows.rollback import rollback
 from segmentation import aliases as registry_aliases
+from segmentation import progress
 from segmentation.errors import PipelineError
 from segmentation.files import sha256_file, write_json
 from segmentation.registry import MODEL_NAME, connect, register
@@ -76,6 +79,29 @@ def test_a_worse_model_is_refused_with_a_status_of_its_own(two_versions, monkeyp
     folder = two_versions / "runs" / decision["candidate"]["experiment"]
     metrics = json.loads((folder / "reports/evaluation/metrics.json").read_text())
     assert decision["scores"]["candidate"]["miou"] == metrics["miou"]
+
+
+def test_how_far_the_measuring_is_lands_in_the_runs_log(two_versions, monkeypatch, capfd):
+    monkeypatch.setattr(progress, "EVERY", 0.02)
+    state = promote("1", return_state=True)
+    wanted = {
+        "promote: score: ": r"promote: score: [0-4] of 4 photos \(\d+%\), .+",
+        "promote: reload": r"promote: reload the model and predict again: \d+ s so far",
+    }
+    lines: list[str] = []
+    deadline = time.monotonic() + 30  # Prefect sends what is logged every few seconds
+    while time.monotonic() < deadline and not all(any(line.startswith(begin) for line in lines) for begin in wanted):
+        time.sleep(0.5)
+        with get_client(sync_client=True) as client:
+            found = client.request(
+                "POST", "/logs/filter", json={"logs": {"flow_run_id": {"any_": [str(state.state_details.flow_run_id)]}}}
+            ).json()
+        lines = [entry["message"] for entry in found]
+    for begin, pattern in wanted.items():
+        shown = [line for line in lines if line.startswith(begin)]
+        assert shown
+        assert all(re.fullmatch(pattern, line) for line in shown)
+    assert "promote: score" not in capfd.readouterr().out  # the log has them, and nothing else
 
 
 def test_force_promotes_on_record_and_rollback_returns(two_versions, monkeypatch):
