@@ -28,14 +28,14 @@ SIZES = [
 ]  # fmt: skip
 
 
-def write_official(archive: Path, train: int = TRAIN, val: int = VAL, unlisted: int = UNLISTED) -> None:
-    """Write the tar, with so many pairs listed and so many photos that are not."""
+def write_official(archive: Path) -> None:
+    """Write the tar: not compressed, all in `VOCdevkit/VOC2012/`."""
     lists = {
-        "train": sorted([*_ids("2007", train - 1), "2009_000562"]),
-        "val": sorted([*_ids("2010", val - 2), "2008_006981", "2011_000006"]),
+        "train": sorted([*_ids("2007", TRAIN - 1), "2009_000562"]),
+        "val": sorted([*_ids("2010", VAL - 2), "2008_006981", "2011_000006"]),
     }
     ids = sorted(identifier for listed in lists.values() for identifier in listed)
-    others = list(_ids("2012", unlisted))
+    others = list(_ids("2012", UNLISTED))
     lists["trainval"] = ids
     random = np.random.default_rng(2012)
     bases = [_base(random, *size) for size in SIZES]

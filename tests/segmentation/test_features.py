@@ -156,7 +156,7 @@ def test_killed_it_goes_on_with_the_next_shard(project, tmp_path, capsys):
     shutil.rmtree(tmp_path / "scratch")
     child = multiprocessing.get_context("spawn").Process(target=_encode_slowly, args=(tmp_path, project()))
     child.start()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while not list((tmp_path / "scratch").glob("features/*/*_0001.npy")) and time.monotonic() < deadline:
         time.sleep(0.02)
     os.kill(child.pid, signal.SIGKILL)
@@ -225,7 +225,7 @@ def test_two_at_once_the_second_waits_and_computes_nothing(project, tmp_path):
         child.start()
         child.join(timeout=8)
         assert child.is_alive()
-    child.join(timeout=30)
+    child.join(timeout=240)
     assert child.exitcode == 0
 
 
