@@ -56,7 +56,7 @@ def write_official(archive: Path) -> None:
             elif number % 40 == 0:  # and some in between
                 mask = _mostly_void(mask.shape, 0.2 + 0.7 * (number % 400) / 400)
             masks[identifier] = _encoded(mask_image(mask), "PNG")
-            _add(tar, f"JPEGImages/{identifier}.jpg", _encoded(Image.fromarray(photo), "JPEG", quality=92))
+            _add(tar, f"JPEGImages/{identifier}.jpg", _encoded(Image.fromarray(photo), "JPEG", quality=94))
         small = _encoded(Image.fromarray(bases[-1][0]), "JPEG", quality=70)
         for identifier in others:
             _add(tar, f"JPEGImages/{identifier}.jpg", small)
