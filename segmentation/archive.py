@@ -9,6 +9,7 @@ import tarfile
 import time
 import zlib
 from pathlib import Path, PurePosixPath
+from urllib.parse import urlsplit
 
 import requests
 
@@ -131,7 +132,9 @@ def _receive(url: str, part: Path) -> None:
     headers = {"Accept-Encoding": "identity"}  # else ranges and lengths count compressed bytes
     if offset:
         headers["Range"] = f"bytes={offset}-"
-    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
+    with Progress(f"fetch: wait for {urlsplit(url).netloc}"):
+        response = requests.get(url, headers=headers, stream=True, timeout=TIMEOUT)
+    with response:
         content_range = response.headers.get("Content-Range", "")
         if response.status_code == 416 and content_range == f"bytes */{offset}":
             return  # an earlier run was ended between the last byte and the renaming
