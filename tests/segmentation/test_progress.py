@@ -13,6 +13,7 @@ import threading
 import time
 from pathlib import Path
 
+import grimp
 import pytest
 
 from segmentation import progress
@@ -210,3 +211,9 @@ def test_counting_costs_next_to_nothing():
         for _ in range(100_000):
             shown.advance()
     assert time.perf_counter() - started < 1  # 10 µs an item would be nothing, too
+
+
+def test_nothing_else_draws_bars_of_its_own():
+    """A bar of tqdm's is silent in a pipe, or fills a log with its control characters."""
+    graph = grimp.build_graph("segmentation", "stages", "flows", include_external_packages=True, cache_dir=None)
+    assert graph.find_modules_that_directly_import("tqdm") == {"segmentation.progress"}
