@@ -17,6 +17,7 @@ from prefect.cache_policies import NO_CACHE
 
 from flows.local import by_hand
 from segmentation.paths import project_root
+from segmentation.progress import lines_to
 
 EVERY_SECONDS = 2.0
 
@@ -56,7 +57,8 @@ def predict_folder(source: Path, out: Path, which: str, overlays: bool) -> dict[
             update_progress_artifact(artifact, 100 * done / total, f"{done} of {total} photos of {source}")
             shown = time.monotonic()
 
-    outcome = predict_photos(load_predictor(version), version, source, out, overlays, progress)
+    with lines_to(log.info):
+        outcome = predict_photos(load_predictor(version), version, source, out, overlays, progress)
     if outcome.failed:
         log.warning("%d photos failed; column `error` of %s says why", outcome.failed, outcome.table)
     return {

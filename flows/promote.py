@@ -23,6 +23,7 @@ from flows.local import by_hand
 from segmentation import aliases
 from segmentation.errors import PipelineError
 from segmentation.paths import project_root
+from segmentation.progress import lines_to
 from segmentation.registry import MODEL_NAME
 from segmentation.settings import PromoteSettings, load_settings
 
@@ -69,7 +70,8 @@ def decide(found: Contest, settings: PromoteSettings, force_reason: str | None) 
     from segmentation.promotion import decide
 
     pairs = experiment.evaluation_set(found.candidate.tags["experiment_commit"])
-    return decide(found, pairs, settings, force_reason)
+    with lines_to(get_run_logger().info):
+        return decide(found, pairs, settings, force_reason)
 
 
 @task(cache_policy=NO_CACHE, retries=2, retry_delay_seconds=5)

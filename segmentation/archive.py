@@ -10,11 +10,12 @@ import tarfile
 import time
 import zlib
 from pathlib import Path, PurePosixPath
+from urllib.parse import urlsplit
 
 import requests
-from tqdm import tqdm
 
 from segmentation.errors import PipelineError
+from segmentation.progress import Progress
 from segmentation.voc import SPLITS, VocFolder, is_safe_id, parse_lines
 
 ATTEMPTS = 4  # in a row that bring no new byte
@@ -22,6 +23,7 @@ PAUSE = 2.0  # seconds before the second attempt; longer before each one after i
 LISTS = "ImageSets/Segmentation"
 TIMEOUT = (15, 60)  # seconds to connect, and between two bytes
 CHUNK = 1 << 16
+HASHED = 1 << 20
 REMEDIES = """use one of:
   fetch.archive  a copy of the archive on this machine
   fetch.url      a mirror
@@ -49,7 +51,7 @@ def download(url: str, destination: Path) -> None:
                 furthest = max(furthest, _size(part))
                 if failures == ATTEMPTS or _is_final(error):
                     raise PipelineError(f"{url}: download failed: {error}\n{REMEDIES}") from None
-                tqdm.write(f"{url}: {error}; attempt {failures + 1} of {ATTEMPTS}")
+                print(f"{url}: {error}; attempt {failures + 1} of {ATTEMPTS}", flush=True)
                 time.sleep(PAUSE * failures)
         part.replace(destination)
     except OSError as error:
@@ -63,8 +65,12 @@ def check_md5(path: Path, expected: str) -> None:
         PipelineError: it is missing or hashes to something else.
     """
     try:
-        with path.open("rb") as stream:
-            found = hashlib.file_digest(stream, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+        with path.open("rb") as stream, Progress("fetch: check md5", path.stat().st_size, "B") as progress:
+            md5 = hashlib.md5(usedforsecurity=False)
+            while chunk := stream.read(HASHED):
+                md5.update(chunk)
+                progress.advance(len(chunk))
+            found = md5.hexdigest()
     except OSError as error:
         raise PipelineError(f"{path}: {error.strerror}; set fetch.archive to the VOC archive's path") from None
     if found != expected:
@@ -91,7 +97,11 @@ def extract_voc(archive: Path, root: Path, limit: int | None) -> None:
     """
     try:
         with tarfile.open(archive) as tar:
-            members = tar.getmembers()
+            members = []
+            with Progress("fetch: list the archive", unit="file") as progress:  # of a compressed one, all is unpacked
+                for member in tar:
+                    members.append(member)
+                    progress.advance()
             _refuse_unsafe(archive, members)
             _extract(archive, tar, {str(PurePosixPath(m.name)): m for m in members if m.isfile()}, root, limit)
     except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError) as error:
@@ -123,7 +133,9 @@ def _receive(url: str, part: Path) -> None:
     headers = {"Accept-Encoding": "identity"}  # else ranges and lengths count compressed bytes
     if offset:
         headers["Range"] = f"bytes={offset}-"
-    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
+    with Progress(f"fetch: wait for {urlsplit(url).netloc}"):
+        response = requests.get(url, headers=headers, stream=True, timeout=TIMEOUT)
+    with response:
         content_range = response.headers.get("Content-Range", "")
         if response.status_code == 416 and content_range == f"bytes */{offset}":
             return  # an earlier run was ended between the last byte and the renaming
@@ -135,12 +147,12 @@ def _receive(url: str, part: Path) -> None:
         resumed = response.status_code == 206
         length = response.headers.get("Content-Length")
         total = int(length) + offset * resumed if length else None
-        bar = tqdm(desc=part.stem, total=total, initial=offset * resumed, unit="B", unit_scale=True, disable=None)
-        with part.open("ab" if resumed else "wb") as stream, bar:
+        progress = Progress(f"fetch: download {part.stem}", total, "B", before=offset * resumed)
+        with part.open("ab" if resumed else "wb") as stream, progress:
             # Small chunks: what is buffered of a chunk is lost when the connection breaks.
             for chunk in response.iter_content(CHUNK):
                 stream.write(chunk)
-                bar.update(len(chunk))
+                progress.advance(len(chunk))
 
 
 def _refuse_unsafe(archive: Path, members: list[tarfile.TarInfo]) -> None:
@@ -180,12 +192,14 @@ def _extract(
         targets[f"{prefix}SegmentationClass/{identifier}.png"] = folder.mask(identifier)
     found = [(members[name], target) for name, target in targets.items() if name in members]
     found.sort(key=lambda pair: pair[0].offset)  # a compressed archive is read forwards
-    for member, target in tqdm(found, desc="unpack", unit="file", disable=None):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        stream = tar.extractfile(member)
-        assert stream is not None  # only regular files are in `members`
-        with stream, target.open("wb") as out:
-            shutil.copyfileobj(stream, out)
+    with Progress("fetch: unpack", len(found), "file") as progress:
+        for member, target in found:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            stream = tar.extractfile(member)
+            assert stream is not None  # only regular files are in `members`
+            with stream, target.open("wb") as out:
+                shutil.copyfileobj(stream, out)
+            progress.advance()
 
 
 def _voc_prefix(archive: Path, members: dict[str, tarfile.TarInfo]) -> str:

@@ -20,12 +20,12 @@ import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 from mlflow.entities.model_registry import ModelVersion
 from PIL import Image
-from tqdm import tqdm
 
 from segmentation.errors import PipelineError
 from segmentation.files import atomic_path
 from segmentation.images import Pixels, mask_image, read_photo
 from segmentation.predictor import Predictor, class_shares
+from segmentation.progress import Progress
 
 SUFFIXES = {".jpg", ".jpeg", ".png"}
 TABLE = "predictions.parquet"
@@ -163,7 +163,7 @@ def _predict(
     if todo:
         (out / TABLE).unlink(missing_ok=True)
     before = len(photos) - len(todo)
-    with tqdm(total=len(photos), initial=before, desc="predict", unit="photo", disable=None) as bar:
+    with Progress("predict", len(photos), "photo", before=before) as bar:
         progress(before, len(photos))
         for done, photo in enumerate(todo, before + 1):
             key, row = _predict_one(predictor, version, photo, out, overlays)
@@ -171,7 +171,7 @@ def _predict(
                 record.execute(
                     "INSERT OR REPLACE INTO photos VALUES (?, ?, ?)", (os.fsencode(photo.name), key, json.dumps(row))
                 )
-            bar.update()
+            bar.advance()
             progress(done, len(photos))
     return Outcome(len(photos), _write_table(record, photos, out / TABLE), before, out / TABLE)
 

@@ -14,6 +14,7 @@ from segmentation.errors import PipelineError
 from segmentation.files import sha256_json
 from segmentation.mask_rules import Offender, Rule, Severity, rules
 from segmentation.mask_table import MaskRow, build_rows, read_manifest, to_frame
+from segmentation.progress import Progress
 from segmentation.voc import SPLITS
 
 SHOWN_OFFENDERS = 20
@@ -106,7 +107,7 @@ def check_masks(processed: Path, classes: list[str], size: int, max_void_share: 
         processed: what preprocess wrote.
         classes: class names by id.
         size: side that photos and masks must have, pixels.
-        max_void_share: the largest share of void pixels that a mask may have.
+        max_void_share: a mask with a larger share of void pixels is named in a warning.
         docs: folder for the Data Docs, replaced if it exists; None = no Data Docs.
 
     Raises:
@@ -191,7 +192,9 @@ def _run_checkpoint(judged: Sequence[Rule], rows: Sequence[MaskRow], docs: Path 
         actions=[UpdateDataDocsAction(name="data_docs")] if docs else [],
         result_format={"result_format": "COMPLETE", "unexpected_index_column_names": ["split", "id"]},
     )
-    outcome = context.checkpoints.add(checkpoint).run(batch_parameters={"dataframe": to_frame(rows)})
+    checkpoint = context.checkpoints.add(checkpoint)
+    with Progress("validate: judge"):
+        outcome = checkpoint.run(batch_parameters={"dataframe": to_frame(rows)})
     (result,) = outcome.run_results.values()
     return list(result.results)
 

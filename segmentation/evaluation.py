@@ -12,7 +12,6 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from segmentation.boundary import boundary_counts, boundary_iou
 from segmentation.calibration import calibration_error, reliability_counts, reliability_table
@@ -33,6 +32,7 @@ from segmentation.metrics import (
     report_miou,
 )
 from segmentation.predictor import Augmentation, Predictor, mask_at
+from segmentation.progress import Progress
 from segmentation.settings import EvaluateSettings
 from segmentation.voc import VocFolder
 
@@ -77,10 +77,12 @@ def evaluate(
         return predictor.logits_of(kept.tokens("val", position))
 
     started, sizes, scored = time.perf_counter(), [], []
-    for position, identifier in enumerate(tqdm(ids, desc="evaluate", unit="photo", disable=None)):
-        truth = read_mask(folder.mask(identifier))
-        sizes.append(truth.shape[::-1])
-        scored.append(_score(logits(position), truth, predictor.card.image_size))
+    with Progress("evaluate", len(ids), "photo") as progress:
+        for position, identifier in enumerate(ids):
+            truth = read_mask(folder.mask(identifier))
+            sizes.append(truth.shape[::-1])
+            scored.append(_score(logits(position), truth, predictor.card.image_size))
+            progress.advance()
     seconds = (time.perf_counter() - started) / len(ids)
     confusions, small, border, reliability = (torch.stack(counts) for counts in zip(*scored, strict=True))
     if not confusions.any():
@@ -119,12 +121,12 @@ def evaluate(
         )
 
     ranked = rank(per_image)
-    for name, rows in (
-        ("panels", per_image.head(settings.panels)),
-        ("worst", ranked.head(WORST)),
-        ("best", ranked.tail(BEST)[::-1]),
-    ):
-        draw_panels(reports / f"{name}.png", _predict_again(logits, folder, rows), classes)
+    chosen = {
+        "panels": per_image.head(settings.panels), "worst": ranked.head(WORST), "best": ranked.tail(BEST)[::-1]
+    }  # fmt: skip
+    with Progress("evaluate: predict again to draw", sum(map(len, chosen.values())), "photo") as progress:
+        for name, rows in chosen.items():
+            draw_panels(reports / f"{name}.png", _predict_again(logits, folder, rows, progress), classes)
     draw_confusion(reports / "confusion.png", confusion.numpy(), classes)
     draw_per_class(reports / "per_class.png", per_class)
     draw_reliability(reports / "reliability.png", bins, error)
@@ -204,17 +206,21 @@ def _defined(scores: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in inner.items() if not (isinstance(value, float) and math.isnan(value))}
 
 
-def _predict_again(logits: Callable[[int], Tensor], folder: VocFolder, rows: pd.DataFrame) -> list[Drawn]:
+def _predict_again(
+    logits: Callable[[int], Tensor], folder: VocFolder, rows: pd.DataFrame, progress: Progress
+) -> list[Drawn]:
     """Photo, truth and prediction of some rows of `per_image.csv`; of all photos they would fill the memory.
 
     Args:
         logits: of the val photo at a position; the rows' index is that position.
         folder: photos and masks.
         rows: of the table.
+        progress: counts the photos.
     """
     drawn = []
     for position, identifier, score in rows[["id", "miou"]].itertuples():
         photo, truth = read_photo(folder.photo(identifier))[0], read_mask(folder.mask(identifier))
         title = identifier if math.isnan(score) else f"{identifier}  mIoU {score:.2f}"
         drawn.append(Drawn(title, photo, truth, mask_at(logits(position), *truth.shape)))
+        progress.advance()
     return drawn

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -24,19 +23,21 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from segmentation.checkpoints import forget_old
 from segmentation.data import PairDataset, split_ids
 from segmentation.encoder import Encoder, create_encoder
 from segmentation.errors import PipelineError
 from segmentation.files import atomic_path, sha256_file, sha256_json, write_json
+from segmentation.progress import Progress
 from segmentation.settings import Settings
 from segmentation.voc import SPLITS
 
 SHARD_PHOTOS = 32  # what a kill costs at most
 # On a CPU a batch is no faster, and one photo at a time gives the bits that prediction gives.
 BATCH = {"cpu": 1, "cuda": 16}
+
+Shard = tuple[str, int, list[str]]  # split, number, ids
 
 
 class FeatureCard(BaseModel):
@@ -105,16 +106,19 @@ def encode(settings: Settings, processed: Path, features: Path, scratch: Path) -
         _check_room(encoder, card, missing, store)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         encoder.eval().to(device)
-        photos, new = (sum(len(part) for *_, part in some) for some in (shards, missing))
-        with tqdm(total=photos, initial=photos - new, desc="encode", unit="photo", disable=None) as bar:
+        views, new = _views(card, shards), _views(card, missing)
+        with Progress("encode", views, "view" if card.mirrored else "photo", before=views - new) as progress:
             for split, number, part in missing:
-                tokens = _encode(encoder, processed, part, card.mirrored and split == "train", device, bar)
+                tokens = _encode(encoder, processed, part, card.mirrored and split == "train", device, progress)
                 _save(store / _shard_name(split, number), tokens)
-        for split, number, _ in shards:
-            _link(store / _shard_name(split, number), features / _shard_name(split, number))
+        with Progress("encode: link", len(shards), "shard") as progress:
+            for split, number, _ in shards:
+                _link(store / _shard_name(split, number), features / _shard_name(split, number))
+                progress.advance()
         write_json(features / "features.json", card.model_dump())
     forget_old(store, kept=1)  # DVC's cache has what the others were for
     size = sum(path.stat().st_size for path in features.iterdir())
+    photos = sum(len(part) for *_, part in shards)
     print(f"encode: {photos} photos, {len(missing)} of {len(shards)} shards new, {size / 1e6:.0f} MB")
 
 
@@ -174,13 +178,17 @@ def _shards(ids: list[str]) -> Iterator[tuple[int, list[str]]]:
     return enumerate(ids[start : start + SHARD_PHOTOS] for start in range(0, len(ids), SHARD_PHOTOS))
 
 
+def _views(card: FeatureCard, shards: list[Shard]) -> int:
+    return sum(len(part) * (2 if card.mirrored and split == "train" else 1) for split, _, part in shards)
+
+
 def _shard_name(split: str, number: int) -> str:
     return f"{split}_{number:04d}.npy"
 
 
 @torch.inference_mode()
 def _encode(
-    encoder: Encoder, processed: Path, ids: list[str], mirrored: bool, device: torch.device, bar: tqdm[Any]
+    encoder: Encoder, processed: Path, ids: list[str], mirrored: bool, device: torch.device, progress: Progress
 ) -> NDArray[np.float16]:
     """Tokens `[n, V, K, P + N, D]` of some photos."""
     workers = 4 if device.type == "cuda" else 0  # a CPU is busy with the encoder
@@ -190,7 +198,7 @@ def _encode(
         views = (pixels, pixels.flip(-1)) if mirrored else (pixels,)
         tokens = torch.stack([encoder.frozen(encoder.normalise(view)) for view in views], dim=1)
         parts.append(tokens.half().cpu().numpy())
-        bar.update(len(images))
+        progress.advance(len(images) * len(views))
     return np.concatenate(parts)
 
 
@@ -204,10 +212,10 @@ def _save(path: Path, tokens: NDArray[np.float16]) -> None:
         ) from None
 
 
-def _check_room(encoder: Encoder, card: FeatureCard, missing: list[tuple[str, int, list[str]]], store: Path) -> None:
+def _check_room(encoder: Encoder, card: FeatureCard, missing: list[Shard], store: Path) -> None:
     tokens = encoder.vit.num_prefix_tokens + (card.image_size // encoder.patch) ** 2
     one = 2 * len(card.blocks) * tokens * encoder.dim
-    views = sum(len(part) * (2 if card.mirrored and split == "train" else 1) for split, _, part in missing)
+    views = _views(card, missing)
     needed, free = 2 * views * one, shutil.disk_usage(store).free  # DVC's cache takes as much again
     if needed > free:
         raise PipelineError(
@@ -234,7 +242,8 @@ def _held(store: Path) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout:
         print("encode: another process computes exactly this; waiting for it", flush=True)
-        lock.acquire()
+        with Progress("encode: waiting for the other process"):
+            lock.acquire()
     try:
         yield
     finally:

@@ -11,11 +11,11 @@ from urllib.parse import unquote, urlsplit
 
 import psutil
 from filelock import FileLock, Timeout
-from tqdm import tqdm
 
 from segmentation.archive import check_md5, download, extract_voc, write_list
 from segmentation.errors import PipelineError
 from segmentation.paths import RAW, project_root, scratch
+from segmentation.progress import Progress
 from segmentation.sample import draw_sample
 from segmentation.settings import FetchSettings
 from segmentation.voc import SPLITS, VocFolder, is_safe_id
@@ -130,11 +130,13 @@ def _copy(source: VocFolder, root: Path, limit: int | None) -> None:
         identifiers.update(dict.fromkeys(listed))
     files = [source.classes_file]
     files += [path for name in identifiers if is_safe_id(name) for path in (source.photo(name), source.mask(name))]
-    for path in tqdm(files, desc="copy", unit="file", disable=None):
-        if path.is_file():
-            copy = root / path.relative_to(source.root)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, copy)
+    with Progress("fetch: copy", len(files), "file") as progress:
+        for path in files:
+            if path.is_file():
+                copy = root / path.relative_to(source.root)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, copy)
+            progress.advance()
 
 
 def _finish(root: Path) -> str:

@@ -177,17 +177,19 @@ def rules(classes: Sequence[str], size: int, max_void_share: float) -> list[Rule
         Rule(
             "mask_not_all_void",
             "critical",
-            f"no mask is all void ({VOID})",
-            "label the photo, or take the id out of its list",
+            f"no mask is all void ({VOID}) at {square}",
+            "label the photo, or take the id out of its list; labels that are lost in resizing need larger areas, or a "
+            "larger preprocess.image_size",
             "ExpectColumnValuesToNotBeInSet",
             {"column": "labels", "value_set": [str(VOID)]},
-            _each(lambda row: Offender(_mask(row), "every pixel is void")),
+            _each(lambda row: Offender(_mask(row), _all_void(row))),
         ),
         Rule(
             "void_share",
-            "critical",
+            "warning",
             f"at most {max_void_share:.4g} of a mask's pixels are void ({VOID})",
-            "label more of the photo, take the id out of its list, or raise validate.max_void_share in params.yaml",
+            "look at the mask: a model learns only from what is labeled; nothing need be done if it is meant so "
+            "(validate.max_void_share in params.yaml sets the share)",
             "ExpectColumnValuesToBeBetween",
             {"column": "void_share", "max_value": max_void_share},
             _each(lambda row: Offender(_mask(row), f"void share {row.void_share:.4f}")),
@@ -236,6 +238,13 @@ def _null(name: str, column: str, says: str, remedy: str, describe: Callable[[Ma
 
 def _each(describe: Callable[[MaskRow], Offender]) -> Callable[[Sequence[MaskRow]], list[Offender]]:
     return lambda rows: [describe(row) for row in rows]
+
+
+def _all_void(row: MaskRow) -> str:
+    lost = [label for label in _labels(row.every_label) if label != VOID]
+    if not lost:
+        return "every pixel is void"
+    return f"every pixel is void in the processed copy: resizing lost the labels {', '.join(map(str, lost))}"
 
 
 def _changed_copies(rows: Sequence[MaskRow]) -> list[Offender]:

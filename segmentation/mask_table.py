@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tqdm import tqdm
 
 from segmentation.errors import PipelineError
 from segmentation.images import read_mask, read_photo
 from segmentation.parallel import thread_pool
+from segmentation.progress import Progress
 from segmentation.voc import VOID, is_safe_id
 
 if TYPE_CHECKING:  # the workers that read files import this module: keep it light
@@ -147,11 +147,16 @@ def _read_all(processed: Path, manifest: dict[str, dict[str, Any]]) -> dict[str,
     masks = [is_safe_id(name) and manifest[name]["mask_problem"] is None for name in identifiers]
     if not any(photos) and not any(masks):
         return dict.fromkeys(identifiers, Copies())
-    pool, _ = thread_pool(len(identifiers))
-    with pool:
+    copies: dict[str, Copies] = {}
+    with (
+        Progress("validate: read back", len(identifiers), "pair") as progress,
+        thread_pool(len(identifiers)) as (pool, _),
+    ):
         found = pool.map(partial(_read_back, processed), identifiers, photos, masks)
-        bar = tqdm(found, total=len(identifiers), desc="read back", unit="pair", disable=None)
-        return dict(zip(identifiers, bar, strict=True))
+        for identifier, pair in zip(identifiers, found, strict=True):
+            copies[identifier] = pair
+            progress.advance()
+    return copies
 
 
 def _read_back(processed: Path, identifier: str, photo: bool, mask: bool) -> Copies:

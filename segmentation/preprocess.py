@@ -6,8 +6,9 @@ A faulty pair does not stop the run: its row says what is wrong, and `validate` 
 from __future__ import annotations
 
 import hashlib
+from collections import Counter, deque
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -15,13 +16,15 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from tqdm import tqdm
 
 from segmentation.errors import PipelineError
 from segmentation.files import atomic_path
 from segmentation.images import Pixels, mask_image, read_mask, read_photo, resize_mask, resize_photo
 from segmentation.parallel import thread_pool
+from segmentation.progress import Progress
 from segmentation.voc import SPLITS, VOID, VocFolder, is_safe_id
+
+ROWS = 256  # of the manifest, held in memory at once
 
 SCHEMA = pa.schema(
     [
@@ -77,39 +80,44 @@ def preprocess(raw: Path, processed: Path, size: int) -> None:
     folder = VocFolder(raw)
     classes = len(folder.classes())
     listed = [(split, identifier) for split in SPLITS for identifier in folder.ids(split)]
-    identifiers = list(dict.fromkeys(identifier for _, identifier in listed))
+    times = Counter(identifier for _, identifier in listed)
     for name in ("images", "masks"):
         (processed / name).mkdir(parents=True, exist_ok=True)
 
-    pairs: dict[str, Pair] = {}
-    with tqdm(total=len(identifiers), desc=f"resize to {size}", unit="pair", disable=None) as bar:
-        for identifier, pair in _process_all(raw, processed, size, classes, identifiers):
-            pairs[identifier] = pair
-            bar.update()
-
-    rows = [{"id": name, "split": split, "size": size, **asdict(pairs[name])} for split, name in listed]
-    with atomic_path(processed / "manifest.parquet") as temporary:
-        pq.write_table(pa.Table.from_pylist(rows, SCHEMA), temporary)
-    faulty = sum(bool(pair.photo_problem or pair.mask_problem) for pair in pairs.values())
+    faulty = 0
+    with (
+        atomic_path(processed / "manifest.parquet") as temporary,
+        pq.ParquetWriter(temporary, SCHEMA) as writer,
+        Progress(f"preprocess: resize to {size}×{size}", len(times), "pair") as progress,
+    ):
+        finished = _process_all(raw, processed, size, classes, list(times))
+        repeated: dict[str, Pair] = {}
+        waiting = iter(listed)
+        while some := list(islice(waiting, ROWS)):
+            rows = []
+            for split, identifier in some:
+                if (pair := repeated.get(identifier)) is None:
+                    pair = next(finished)
+                    progress.advance()
+                    faulty += bool(pair.photo_problem or pair.mask_problem)
+                    if times[identifier] > 1:
+                        repeated[identifier] = pair
+                rows.append({"id": identifier, "split": split, "size": size, **asdict(pair)})
+            writer.write_table(pa.Table.from_pylist(rows, SCHEMA))
     counts = ", ".join(f"{sum(split == s for s, _ in listed)} {split}" for split in SPLITS)
     print(f"preprocess: {counts} pairs at {size}×{size}" + (f"; {faulty} faulty, see validate" if faulty else ""))
 
 
-def _process_all(
-    raw: Path, processed: Path, size: int, classes: int, identifiers: list[str]
-) -> Iterator[tuple[str, Pair]]:
-    """Process pairs on all cores, a bounded number in flight; yields them as they finish."""
-    waiting = iter(identifiers)
-    pool, workers = thread_pool(len(identifiers))
-    with pool:
-        running: dict[Future[Pair], str] = {}
-        while True:
-            for identifier in islice(waiting, 4 * workers - len(running)):
-                running[pool.submit(_process, raw, processed, size, classes, identifier)] = identifier
-            if not running:
-                return
-            for done in wait(running, return_when=FIRST_COMPLETED).done:
-                yield running.pop(done), done.result()
+def _process_all(raw: Path, processed: Path, size: int, classes: int, identifiers: list[str]) -> Iterator[Pair]:
+    """Process pairs on all cores, a bounded number in flight; yields them in their order."""
+    with thread_pool(len(identifiers)) as (pool, workers):
+        running: deque[Future[Pair]] = deque()
+        for identifier in identifiers:
+            running.append(pool.submit(_process, raw, processed, size, classes, identifier))
+            if len(running) == 4 * workers:
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
 
 
 def _process(raw: Path, processed: Path, size: int, classes: int, identifier: str) -> Pair:

@@ -18,7 +18,6 @@ import torch
 from mlflow.entities.model_registry import ModelVersion
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from segmentation import aliases
 from segmentation.errors import PipelineError
@@ -27,6 +26,7 @@ from segmentation.gate import Check, absolute_checks, compare, promotes, relativ
 from segmentation.images import Pixels, read_mask, read_photo
 from segmentation.metrics import miou
 from segmentation.predictor import Predictor
+from segmentation.progress import Progress
 from segmentation.registry import MODEL_NAME, connect, tracking_uri
 from segmentation.settings import PromoteSettings
 from segmentation.versions import find_version, load_predictor
@@ -177,16 +177,20 @@ def _measure(version: ModelVersion, candidate: _Scored, champion: _Scored | None
     """Score on each pair, side by side; then why the stored candidate does not give the same masks, if so."""
     models = [champion, candidate] if champion else [candidate]
     first: list[bytes] = []
-    for number, (photo_bytes, mask_bytes) in enumerate(tqdm(pairs, desc="promote", unit="photo", disable=None)):
-        photo, truth = read_photo(photo_bytes)[0], read_mask(mask_bytes)
-        if number == 0:
-            for model in models:  # what is done only once is in nobody's time
-                model.predictor.mask(photo)
-        models.reverse()  # neither of them always finds the caches warm
-        for model in models:
-            model.score(photo, truth)
-        if number < REPRODUCED:
-            first.append(photo_bytes)
+    photos = version.tags.get("photos", "")  # how many it was evaluated on
+    total = int(photos) if photos.isdecimal() else None
+    with Progress("promote: score", total, "photo") as progress:
+        for number, (photo_bytes, mask_bytes) in enumerate(pairs):
+            photo, truth = read_photo(photo_bytes)[0], read_mask(mask_bytes)
+            if number == 0:
+                for model in models:  # what is done only once is in nobody's time
+                    model.predictor.mask(photo)
+            models.reverse()  # neither of them always finds the caches warm
+            for model in models:
+                model.score(photo, truth)
+            if number < REPRODUCED:
+                first.append(photo_bytes)
+            progress.advance()
     return _reproduction_failure(version, first, candidate.masks)
 
 
@@ -198,10 +202,11 @@ def _reproduction_failure(version: ModelVersion, photos: list[bytes], masks: lis
             (folder / f"{number}.photo").write_bytes(photo)
         script, uri = Path(__file__).with_name("reload.py"), f"models:/{MODEL_NAME}/{version.version}"
         strict = {"MLFLOW_TRACKING_URI": tracking_uri(), "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
-        done = subprocess.run(
-            [sys.executable, "-IB", str(script), uri, str(folder)],
-            cwd=folder, env=os.environ | strict, capture_output=True, text=True,
-        )  # fmt: skip
+        with Progress("promote: reload the model and predict again"):
+            done = subprocess.run(
+                [sys.executable, "-IB", str(script), uri, str(folder)],
+                cwd=folder, env=os.environ | strict, capture_output=True, text=True,
+            )  # fmt: skip
         if done.returncode:
             return f"reloaded from the registry it fails: {(done.stderr.strip() or 'no message').splitlines()[-1]}"
         again = [read_mask((folder / f"{number}.png").read_bytes()) for number in range(len(photos))]

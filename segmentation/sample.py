@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
-from tqdm import tqdm
 
 from segmentation.images import Pixels, mask_image
+from segmentation.progress import Progress
 from segmentation.voc import CLASSES, VOID, VocFolder
 
 PHOTOS = {"train": 72, "val": 24}
@@ -51,13 +51,13 @@ def draw_sample(root: Path, limit: int | None) -> None:
     splits = {split: [f"{split}_{index + 1:03d}" for index in range(count)][:limit] for split, count in PHOTOS.items()}
     for path in (folder.photo("any"), folder.mask("any"), folder.split_file("any")):
         path.parent.mkdir(parents=True, exist_ok=True)
-    with tqdm(total=sum(map(len, splits.values())), desc="draw", unit="photo", disable=None) as bar:
+    with Progress("fetch: draw", sum(map(len, splits.values())), "photo") as progress:
         for number, (split, ids) in enumerate(splits.items()):
             for index, identifier in enumerate(ids):
                 photo, mask = _draw(number, index)
                 photo.save(folder.photo(identifier), quality=92)
                 mask_image(mask).save(folder.mask(identifier))
-                bar.update()
+                progress.advance()
             folder.split_file(split).write_text("".join(f"{name}\n" for name in ids), encoding="utf-8")
     folder.classes_file.write_text("".join(f"{name}\n" for name in CLASSES), encoding="utf-8")
 

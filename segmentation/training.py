@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 import platform
 import shutil
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -36,6 +35,7 @@ from segmentation.losses import cross_entropy, dice, focal, lovasz_softmax, medi
 from segmentation.metrics import confusion_matrices, miou, pixel_accuracy, report_miou
 from segmentation.model import ModelCard, Segmenter
 from segmentation.optimisation import AveragedWeights, optimiser, precision, schedule
+from segmentation.progress import Progress, on_terminal
 from segmentation.settings import EncoderSettings, Settings, TrainSettings
 from segmentation.tracking import LiveCurves
 
@@ -270,7 +270,7 @@ def _fit(task: TrainingTask, settings: Settings, processed: Path, features: Feat
         for harmless in (".*does not have many workers.*", ".*Checkpoint directory.*", ".*isinstance.treespec.*",
                          ".*LeafSpec.*", ".*smaller than the logging interval.*", ".*in eval mode.*"):  # fmt: skip
             warnings.filterwarnings("ignore", harmless)
-        progress: list[Callback] = [TQDMProgressBar()] if sys.stderr.isatty() else []
+        progress: list[Callback] = [TQDMProgressBar()] if on_terminal() else []
         trainer = L.Trainer(
             accelerator="auto",
             devices=1,
@@ -348,32 +348,50 @@ class EpochPanels(Callback):
 
 
 class EpochLines(Callback):
-    """A line an epoch, and one every half minute within: readable in a log, where a progress bar is not."""
+    """A line an epoch, and within an epoch the progress, but on a terminal, where Lightning's bar has it."""
+
+    def __init__(self) -> None:
+        self.shown = ExitStack()
+        self.progress: Progress | None = None
 
     def on_train_epoch_start(self, trainer: L.Trainer, _: L.LightningModule) -> None:
-        self.started = self.printed = time.monotonic()
+        self.started, self.loss = time.monotonic(), torch.tensor(torch.nan)
+        self._show(trainer, "", int(trainer.num_training_batches), lambda: f"loss {self.loss.item():.4f}")
 
-    def on_train_batch_end(self, trainer: L.Trainer, task: L.LightningModule, outputs: Any, _: Any, index: int) -> None:
-        now = time.monotonic()
-        if now - self.printed > 30:
-            self.printed = now
-            done, steps = index + 1, int(trainer.num_training_batches)
-            left = (now - self.started) / done * (steps - done)
-            loss = outputs["loss"].item()
-            print(
-                f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  step {done}/{steps}  loss {loss:.4f}  "
-                f"{left / 60:.0f} min left in it",
-                flush=True,
-            )
+    def on_train_batch_end(self, trainer: L.Trainer, task: L.LightningModule, outputs: Any, *_: Any) -> None:
+        self.loss = outputs["loss"]  # a number only in a line: a GPU would be waited for
+        self._advance()
+
+    def on_validation_start(self, trainer: L.Trainer, _: L.LightningModule) -> None:
+        self._show(trainer, ", validation", int(sum(trainer.num_val_batches)))
+
+    def on_validation_batch_end(self, *_: Any) -> None:
+        self._advance()
+
+    def on_validation_end(self, *_: Any) -> None:
+        self.shown.close()
 
     def on_train_epoch_end(self, trainer: L.Trainer, task: L.LightningModule) -> None:
         # Runs before the module's own hook, which closes the row; the line is printed from there on.
         self.seconds = time.monotonic() - self.started
 
+    def on_exception(self, *_: Any) -> None:
+        self.shown.close()
+
     def on_save_checkpoint(self, trainer: L.Trainer, task: L.LightningModule, _: dict[str, Any]) -> None:
         assert isinstance(task, TrainingTask)
         numbers = "  ".join(f"{key} {value:.4f}" for key, value in task.history[-1].items() if key != "epoch")
         print(f"epoch {len(task.history)}/{trainer.max_epochs}  {numbers}  {self.seconds:.0f} s", flush=True)
+
+    def _show(self, trainer: L.Trainer, part: str, steps: int, note: Callable[[], str] | None = None) -> None:
+        self.shown.close()
+        if not on_terminal():
+            what = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}{part}"
+            self.progress = self.shown.enter_context(Progress(what, steps, "step", note=note))
+
+    def _advance(self) -> None:
+        if self.progress is not None:
+            self.progress.advance()
 
 
 def _key(settings: Settings, card: ModelCard, processed: Path, cached: bool) -> str:

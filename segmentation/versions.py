@@ -13,6 +13,7 @@ from ruamel.yaml import YAML
 
 from segmentation.errors import PipelineError
 from segmentation.predictor import Augmentation, Predictor
+from segmentation.progress import Progress
 from segmentation.registry import MODEL_NAME, answering, tracking_uri
 
 
@@ -46,9 +47,10 @@ def load_predictor(version: ModelVersion) -> Predictor:
     """
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            folder = Path(
-                mlflow.artifacts.download_artifacts(f"models:/{MODEL_NAME}/{version.version}", dst_path=scratch)
-            )
+            with Progress(f"download models:/{MODEL_NAME}/{version.version}"):
+                folder = Path(
+                    mlflow.artifacts.download_artifacts(f"models:/{MODEL_NAME}/{version.version}", dst_path=scratch)
+                )
         except (MlflowException, OSError) as error:
             raise PipelineError(f"models:/{MODEL_NAME}/{version.version}: cannot be had: {error}") from None
         flavour = YAML(typ="safe").load((folder / "MLmodel").read_text(encoding="utf-8"))["flavors"]["python_function"]

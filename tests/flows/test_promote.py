@@ -1,7 +1,10 @@
 """The flows, in a checkout that trained a version."""
 
 import json
+import re
 import shutil
+import sys
+import time
 from pathlib import Path
 
 import mlflow
@@ -13,6 +16,7 @@ from flows import promote as promotion
 from flows.promote import promote
 from flows.rollback import rollback
 from segmentation import aliases as registry_aliases
+from segmentation import progress
 from segmentation.errors import PipelineError
 from segmentation.files import sha256_file, write_json
 from segmentation.registry import MODEL_NAME, connect, register
@@ -74,6 +78,33 @@ def test_a_worse_model_is_refused_with_a_status_of_its_own(two_versions, capsys)
     folder = two_versions / "runs" / decision["candidate"]["experiment"]
     metrics = json.loads((folder / "reports/evaluation/metrics.json").read_text())
     assert decision["scores"]["candidate"]["miou"] == metrics["miou"]
+
+
+def run_log(state) -> list[str]:
+    wanted = {"logs": {"flow_run_id": {"any_": [str(state.state_details.flow_run_id)]}}, "sort": "TIMESTAMP_ASC"}
+    lines: list[str] = []
+    with get_client(sync_client=True) as client:
+        while True:
+            page = client.request("POST", "/logs/filter", json=wanted | {"limit": 200, "offset": len(lines)}).json()
+            lines += [entry["message"] for entry in page]
+            if len(page) < 200:
+                return lines
+
+
+def test_how_far_the_measuring_is_lands_in_the_runs_log(two_versions, monkeypatch, capfd):
+    monkeypatch.setattr(progress, "EVERY", 0.05)
+    state = promote("1", return_state=True)
+    deadline = time.monotonic() + 60  # Prefect sends what is logged every few seconds
+    lines = run_log(state)
+    while not any(line.startswith("refuse, version 1") for line in lines) and time.monotonic() < deadline:
+        time.sleep(0.5)
+        lines = run_log(state)
+    for pattern in (
+        r"promote: score: [0-4] of 4 photos \(\d+%\), .+",
+        r"promote: reload the model and predict again: \d+ s so far",
+    ):
+        assert any(re.fullmatch(pattern, line) for line in lines), lines
+    assert "promote: score" not in capfd.readouterr().out  # the log has them, and nothing else
 
 
 def test_force_promotes_on_record_and_rollback_returns(two_versions, monkeypatch):

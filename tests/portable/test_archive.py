@@ -1,7 +1,9 @@
 import hashlib
 import io
+import re
 import tarfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from segmentation import archive as module
+from segmentation import progress
 from segmentation.archive import check_md5, download, extract_voc
 from segmentation.errors import PipelineError
 from segmentation.voc import SPLITS, VocFolder
@@ -30,13 +33,13 @@ VOC = {
 
 
 class Server(ThreadingHTTPServer):
-    """Serves `BODY`; knows ranges or not, breaks off after so many bytes, and remembers what was asked."""
+    """Serves `BODY`; knows ranges or not, breaks off after so many bytes, pauses, and remembers what was asked."""
 
     daemon_threads = True
 
-    def __init__(self, ranges: bool, break_after: int | None, shift: int) -> None:
+    def __init__(self, ranges: bool, break_after: int | None, shift: int, pause: float) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.ranges, self.break_after, self.shift = ranges, break_after, shift
+        self.ranges, self.break_after, self.shift, self.pause = ranges, break_after, shift, pause
         self.asked: list[str | None] = []
         self.url = f"http://127.0.0.1:{self.server_port}/voc.tar"
 
@@ -47,6 +50,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         asked = self.headers.get("Range")
         self.server.asked.append(asked)
+        time.sleep(self.server.pause)
         if self.path != "/voc.tar":
             self.send_error(404)
             return
@@ -63,15 +67,18 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes {start + self.server.shift}-{len(BODY) - 1}/{len(BODY)}")
         self.send_header("Content-Length", str(len(rest)))
         self.end_headers()
-        self.wfile.write(rest[: self.server.break_after])
+        rest = rest[: self.server.break_after]
+        self.wfile.write(rest[: len(rest) // 2])
+        time.sleep(self.server.pause)
+        self.wfile.write(rest[len(rest) // 2 :])
 
     def log_message(self, *_: object) -> None:
         pass
 
 
 @contextmanager
-def serve(ranges: bool = True, break_after: int | None = None, shift: int = 0) -> Iterator[Server]:
-    server = Server(ranges, break_after, shift)
+def serve(ranges: bool = True, break_after: int | None = None, shift: int = 0, pause: float = 0) -> Iterator[Server]:
+    server = Server(ranges, break_after, shift, pause)
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     try:
         yield server
@@ -117,6 +124,25 @@ def test_a_part_is_continued(tmp_path: Path) -> None:
         download(server.url, tmp_path / "voc.tar")
     assert server.asked == ["bytes=1000-"]
     assert (tmp_path / "voc.tar").read_bytes() == BODY
+
+
+def test_a_slow_server_is_waited_for_aloud(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "EVERY", 0.1)
+    (tmp_path / "voc.tar.part").write_bytes(BODY[:1000])
+    with serve(pause=1.0) as server:
+        download(server.url, tmp_path / "voc.tar")
+    assert (tmp_path / "voc.tar").read_bytes() == BODY
+    lines = capsys.readouterr().out.splitlines()
+    waiting = [
+        line for line in lines if re.fullmatch(rf"fetch: wait for 127.0.0.1:{server.server_port}: \d s so far", line)
+    ]
+    part = [line for line in lines if re.fullmatch(r"fetch: download voc.tar: [01] of 1 MB \(\d+%\), .*", line)]
+    assert waiting
+    assert part
+    assert waiting + part == lines
+    assert re.search(r"\([45]\d%\), \d\.\d MB a second, \d s left$", part[-1])  # half of it, but for a last piece
 
 
 def test_a_part_is_started_again_when_the_server_ignores_ranges(tmp_path: Path) -> None:

@@ -498,3 +498,46 @@ def test_what_preprocess_writes_is_what_the_checks_read(tmp_path: Path) -> None:
         "mask_has_one_channel": ["SegmentationClass/v0.png"],
         "photo_is_jpeg": ["JPEGImages/v2.jpg"],
     }
+
+
+def write_pair(raw: Path, identifier: str, mask: Pixels) -> None:
+    noise = np.random.default_rng(len(identifier)).integers(0, 256, (*mask.shape, 3), np.uint8)
+    Image.fromarray(noise).save(raw / "JPEGImages" / f"{identifier}.jpg")
+    mask_image(mask).save(raw / "SegmentationClass" / f"{identifier}.png")
+
+
+def test_a_dog_on_much_void_is_a_warning_and_labels_lost_in_resizing_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw = tmp_path / "raw"
+    for name in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (raw / name).mkdir(parents=True)
+    (raw / "classes.txt").write_text("\n".join(CLASSES))
+    (raw / "ImageSets/Segmentation/train.txt").write_text("whole\n")
+    (raw / "ImageSets/Segmentation/val.txt").write_text("2008_006981\n")
+    dog = CLASSES.index("dog")
+    whole = np.zeros((100, 125), np.uint8)
+    whole[20:60, 20:60] = dog
+    write_pair(raw, "whole", whole)
+    void = np.full((100, 125), VOID, np.uint8)
+    void[30:51, 40:90] = dog  # 91.6 % void, as VOC's own 2008_006981
+    write_pair(raw, "2008_006981", void)
+    preprocess(raw, tmp_path / "much", 100)
+    checks = check_masks(tmp_path / "much", CLASSES, 100, 0.9, None)
+    assert broken(checks) == {"void_share": [("SegmentationClass/2008_006981.png", "void share 0.9160")]}
+    assert checks.result == "passed with warnings"
+    capsys.readouterr()
+    checks.raise_if_critical()
+    printed = capsys.readouterr().out
+    assert printed.startswith("warning: void_share: at most 0.9 of a mask's pixels are void (255)\n  what to do: ")
+    assert "SegmentationClass/2008_006981.png  void share 0.9160\n" in printed
+
+    thin = np.full((100, 125), VOID, np.uint8)
+    thin[31, :] = dog  # a line of one pixel, which falls between those that are kept
+    write_pair(raw, "2008_006981", thin)
+    preprocess(raw, tmp_path / "lost", SIZE)
+    checks = check(tmp_path / "lost", max_void_share=0.9)
+    why = f"every pixel is void in the processed copy: resizing lost the labels {dog}"
+    assert broken(checks) == {"mask_not_all_void": [("SegmentationClass/2008_006981.png", why)]}
+    with pytest.raises(PipelineError, match=r"2008_006981\.png  every pixel is void in the processed copy"):
+        checks.raise_if_critical()

@@ -7,7 +7,9 @@ import pytest
 from PIL import Image
 from torchvision.transforms.v2 import functional as tv
 
+from segmentation import preprocess as module
 from segmentation.images import read_mask, resize_mask, resize_photo
+from segmentation.mask_table import read_manifest
 from segmentation.preprocess import preprocess
 from tests.conftest import png_declaring
 
@@ -38,6 +40,27 @@ def test_every_pair_is_resized_whole_and_described(make_raw, tmp_path):
         assert (image.mode, image.size) == ("RGB", (SIZE, SIZE))
         assert row["image_sha256"] == hashlib.sha256(image.tobytes()).hexdigest()
         assert (row["photo_width"], row["photo_height"]) == Image.open(folder.photo(name)).size
+
+
+def test_the_manifest_has_the_lists_order_with_what_they_repeat(make_raw, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "ROWS", 2)
+    folder = make_raw(5, 3)
+    folder.split_file("val").write_text("val2\ntrain1\nval0\nval2\n")
+    table = run(folder, tmp_path)
+    assert table["id"].tolist() == [*(f"train{k}" for k in range(5)), "val2", "train1", "val0", "val2"]
+    assert table["split"].tolist() == ["train"] * 5 + ["val"] * 4
+    for identifier in ("train1", "val2"):
+        first, again = (row for _, row in table[table["id"] == identifier].drop(columns="split").iterrows())
+        assert first["image_sha256"] == again["image_sha256"]
+        assert first["pixels"].tolist() == again["pixels"].tolist()
+
+
+def test_empty_lists_give_an_empty_manifest(make_raw, tmp_path):
+    folder = make_raw()
+    for split in ("train", "val"):
+        folder.split_file(split).write_text("")
+    assert run(folder, tmp_path).empty
+    assert read_manifest(tmp_path / "processed/manifest.parquet") == []
 
 
 def test_the_same_input_gives_the_same_bytes(make_raw, tmp_path):

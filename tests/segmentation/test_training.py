@@ -1,7 +1,9 @@
 import json
 import multiprocessing
 import os
+import re
 import signal
+import threading
 import time
 
 import pandas as pd
@@ -11,6 +13,7 @@ from filelock import FileLock
 from safetensors.torch import load_file
 
 from segmentation import model as model_files
+from segmentation import progress
 from segmentation.errors import PipelineError
 from segmentation.features import encode
 from segmentation.images import read_mask
@@ -117,13 +120,38 @@ def _train_in_child(tmp_path, settings):
     )
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_within_an_epoch_lines_say_how_far_it_is(project, tmp_path, monkeypatch, capsys, workers):
+    monkeypatch.setattr(progress, "EVERY", 0.02)
+    run(tmp_path, settings(project, epochs=2, workers=workers))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch ")]
+    steps = [
+        line for line in lines if re.fullmatch(r"epoch 1/2: [0-3] of 3 steps \(\d+%\), .+, loss (nan|\d\.\d+)", line)
+    ]
+    checks = [line for line in lines if re.fullmatch(r"epoch 1/2, validation: [0-2] of 2 steps \(\d+%\), .+", line)]
+    assert steps
+    assert checks
+    first = next(number for number, line in enumerate(lines) if "train_loss" in line)
+    assert lines.index(steps[0]) < lines.index(checks[0]) < first
+    assert all(line.startswith("epoch 2/2") for line in lines[first + 1 :])
+    assert not [thread for thread in threading.enumerate() if "_repeat" in thread.name]
+
+
+def test_an_error_within_an_epoch_leaves_no_line_behind_it(project, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "EVERY", 0.02)
+    monkeypatch.setattr(TrainingTask, "training_step", lambda self, batch, index: torch.tensor(1 / 0))
+    with pytest.raises(ZeroDivisionError):
+        run(tmp_path, settings(project))
+    assert not [thread for thread in threading.enumerate() if "_repeat" in thread.name]
+
+
 def test_killed_in_the_middle_of_an_epoch_it_goes_on_and_ends_the_same(project, tmp_path, capsys):
     wanted = settings(project, epochs=6)
     uninterrupted = run(tmp_path, wanted)
     forget_checkpoints(tmp_path)
     child = multiprocessing.get_context("spawn").Process(target=_train_in_child, args=(tmp_path, wanted))
     child.start()
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 240
     while not list((tmp_path / "scratch/checkpoints").glob("*/last.ckpt")) and time.monotonic() < deadline:
         time.sleep(0.02)
     os.kill(child.pid, signal.SIGKILL)

@@ -16,7 +16,9 @@ ENTRY = {
     "evaluate": ["evaluation", "report"],
 }
 # They carry values, names, messages and checkpoints: what they say is in params.yaml or in the outputs' own paths.
-NOT_DECIDING = {"checkpoints", "encoder_names", "errors", "files", "hub", "paths", "settings", "tracking"}
+NOT_DECIDING = {
+    "checkpoints", "encoder_names", "errors", "files", "hub", "paths", "progress", "settings", "tracking",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
