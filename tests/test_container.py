@@ -131,6 +131,7 @@ def test_compose_waits_for_health_and_listens_on_this_machine_only(compose):
     assert all("healthcheck" in service for name, service in services.items() if name != "server")
 
 
+@pytest.mark.slow
 def test_a_hostile_page_gets_nothing_from_the_prefect_server_of_compose(root, compose, tmp_path, browser):
     """As compose runs it, but on a free port of this machine only, and with SQLite."""
     service = compose["services"]["prefect"]

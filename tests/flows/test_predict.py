@@ -46,6 +46,7 @@ def test_the_champion_predicts_what_it_predicts_anywhere(checkout, photos):
     ]
 
 
+@pytest.mark.slow
 def test_by_hand_it_goes_on_without_a_server(checkout, photos, root):
     predict(str(photos), "masks")
     # as a user has it who copied it and filled nothing in: a temporary server has a password of its own

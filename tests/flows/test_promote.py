@@ -90,6 +90,7 @@ def run_log(state) -> list[str]:
                 return lines
 
 
+@pytest.mark.slow
 def test_how_far_the_measuring_is_lands_in_the_runs_log(two_versions, monkeypatch, capfd):
     monkeypatch.setattr(progress, "EVERY", 0.05)
     state = promote("1", return_state=True)

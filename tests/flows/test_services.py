@@ -228,6 +228,7 @@ def test_all_start_run_a_flow_and_stop_together(
     assert (services.folder / "prefect-home" / "prefect.db").exists()
 
 
+@pytest.mark.slow
 def test_all_stop_when_one_dies(services: Services, running: subprocess.Popen[bytes]) -> None:
     services.await_ready(running)
     tree = psutil.Process(running.pid).children(recursive=True)
@@ -238,6 +239,7 @@ def test_all_stop_when_one_dies(services: Services, running: subprocess.Popen[by
     assert psutil.wait_procs(tree, timeout=1)[1] == []
 
 
+@pytest.mark.slow
 def test_a_failed_deployment_is_named_and_stops_all(services: Services, running: subprocess.Popen[bytes]) -> None:
     (services.folder / "flows" / "train.py").write_text("import no_such_module", encoding="utf-8")
     assert running.wait(timeout=120) == 1

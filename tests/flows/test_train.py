@@ -162,6 +162,7 @@ def test_a_refused_override_starts_nothing(checkout):
     assert len(versions()) == 1
 
 
+@pytest.mark.slow
 def test_a_branch_that_moved_on_is_registered_as_what_it_is_now(trained, cached_checkout, monkeypatch):
     checkout = cached_checkout()
     monkeypatch.chdir(checkout)
@@ -214,6 +215,7 @@ def test_faulty_data_lists_every_offender_and_registers_nothing(checkout, tmp_pa
     assert len(versions()) == count
 
 
+@pytest.mark.slow
 def test_own_photos_in_a_relative_folder_are_watched_by_recorded_runs(checkout):
     folder = VocFolder(checkout / "data/own")
     draw_sample(folder.root, 4)
@@ -224,6 +226,7 @@ def test_own_photos_in_a_relative_folder_are_watched_by_recorded_runs(checkout):
     assert watched["nfiles"] == len([path for path in folder.root.rglob("*") if path.is_file()])
 
 
+@pytest.mark.slow
 def test_a_tracking_server_that_is_away_costs_no_training(checkout, monkeypatch):
     with monkeypatch.context() as away:
         away.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
@@ -284,6 +287,7 @@ def register_without_waiting():
     return register_model.with_options(retries=0)
 
 
+@pytest.mark.slow
 def test_killed_in_an_epoch_nothing_is_left_behind_and_the_next_run_goes_on(checkout, caplog):
     count = len(versions())
     changes = {"train.epochs": 20, "train.lr": 0.0003}
@@ -309,6 +313,7 @@ def test_killed_in_an_epoch_nothing_is_left_behind_and_the_next_run_goes_on(chec
     assert [point.step for point in points] == list(range(1, 21))
 
 
+@pytest.mark.slow
 def test_the_same_training_twice_at_once_is_refused_and_another_goes_beside_it(checkout):
     flow = start(checkout, "epoch 1/400", **{"train.epochs": 400})
     try:

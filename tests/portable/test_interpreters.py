@@ -81,6 +81,7 @@ def test_one_that_is_named_and_not_supported_is_refused(run, tmp_path):
         assert f"{python} is missing or not supported (>=3.11.2,<3.15" in done.stderr
 
 
+@pytest.mark.slow
 def test_an_environment_of_another_version_is_made_anew_and_of_the_same_is_kept(run, tmp_path):
     link(tmp_path / "bin", "python3")
     folder = tmp_path / "environment"

@@ -73,6 +73,7 @@ def test_wrong_weights_of_a_right_encoder_get_those_that_there_are():
         check_name("vit_giant_patch14_224.x")
 
 
+@pytest.mark.slow
 def test_every_name_that_is_suggested_can_be_built():
     for size in ("tiny", "small", "base", "large", "giant", "so400m"):
         for family in ("dinov2", "dinov3", "clip", "siglip", "tipsv2", "augreg"):

@@ -246,6 +246,7 @@ def test_nothing_to_score_is_an_error(run):
         run.evaluate()
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_photos(run, monkeypatch):
     alive, most = [], []
     original = evaluation._score

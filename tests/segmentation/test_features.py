@@ -151,6 +151,7 @@ def _encode_slowly(tmp_path, settings):
     run(tmp_path, settings)
 
 
+@pytest.mark.slow
 def test_killed_it_goes_on_with_the_next_shard(project, tmp_path, capsys):
     wanted = {path.name: path.read_bytes() for path in run(tmp_path, project(), "whole").glob("*.npy")}
     shutil.rmtree(tmp_path / "scratch")
@@ -217,6 +218,7 @@ def test_features_of_other_weights_photos_or_damage_are_refused(project, tmp_pat
         open_features(tmp_path / "nowhere", encoder_of(settings), 56, manifest)
 
 
+@pytest.mark.slow
 def test_two_at_once_the_second_waits_and_computes_nothing(project, tmp_path):
     run(tmp_path, project())
     (store,) = (tmp_path / "scratch/features").iterdir()

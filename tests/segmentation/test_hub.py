@@ -180,6 +180,7 @@ def test_a_cache_that_cannot_be_written_is_named(weights, tmp_path, monkeypatch)
         assert str(tmp_path / "file") in refusal()
 
 
+@pytest.mark.slow
 def test_the_environment_decides_on_the_hub_and_on_being_offline(tmp_path, root):
     """In a process of its own, because huggingface_hub reads it at import."""
     code = (

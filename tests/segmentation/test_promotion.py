@@ -141,6 +141,7 @@ def test_a_better_model_is_promoted_with_all_numbers_and_nothing_moves_yet(clien
     assert json.loads(json.dumps(decision, allow_nan=False))["scores"] == decision["scores"]
 
 
+@pytest.mark.slow
 def test_a_stored_model_that_gives_other_masks_is_refused_even_by_force(client, pairs):
     client.set_registered_model_alias(MODEL_NAME, "champion", GOOD)
     decision = decide(contest(CHANGED), pairs, SETTINGS, "the deadline")
@@ -163,6 +164,7 @@ def test_a_first_champion_whose_stored_code_does_not_load_is_refused(client, pai
     assert "no such luck" in decision["reasons"][0]
 
 
+@pytest.mark.slow
 def test_another_evaluation_set_is_refused_unread_and_by_force_judged_without_the_champion(client, pairs):
     found = contest(GOOD)
     found.champion.tags.update(evaluation_set_sha256="f" * 64)

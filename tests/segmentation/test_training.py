@@ -231,6 +231,7 @@ OPTIONS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_every_option_of_train_changes_the_weights_and_no_two_alike(project, tmp_path):
     """From params.yaml to the weights, two epochs each; what an option does is tested where it is done."""
     runs = [run(tmp_path, settings(project, epochs=2, keep="last"), "default")[0]]
@@ -247,6 +248,7 @@ MODEL_OPTIONS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_every_option_of_encoder_and_decoder_trains_another_model_that_is_loaded_again(project, tmp_path):
     seen = set()
     for number, option in enumerate([{}, *MODEL_OPTIONS]):
@@ -273,6 +275,7 @@ def test_layer_decay_slows_the_earlier_of_the_trained_blocks(project, tmp_path):
     assert slowed[0] < 0.2 * even[0]
 
 
+@pytest.mark.slow
 def test_with_everything_on_a_killed_run_ends_as_an_uninterrupted_one(project, tmp_path, monkeypatch):
     """Optimiser, schedule, averaged weights, random state, sampler and augmentation go on where they were."""
     wanted = settings(

@@ -103,6 +103,7 @@ def test_without_mlflow_the_loaded_model_is_served(store, server):
     assert "does not answer" in server.text()
 
 
+@pytest.mark.slow
 def test_without_a_champion_the_server_ends_and_says_what_to_do(store, server):
     store.client.delete_registered_model_alias(MODEL_NAME, "champion")
     try:

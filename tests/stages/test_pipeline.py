@@ -82,6 +82,7 @@ def test_metrics_and_plots_are_declared(reproduced):
     assert "history.csv" in dvc(reproduced, "plots", "show", "--show-vega", "reports/training/history.csv").stdout
 
 
+@pytest.mark.slow
 def test_changed_photos_of_ones_own_are_fetched_anew(new_checkout, tmp_path):
     checkout, folder = new_checkout(), VocFolder(tmp_path / "own")
     draw_sample(folder.root, 2)
@@ -93,6 +94,7 @@ def test_changed_photos_of_ones_own_are_fetched_anew(new_checkout, tmp_path):
     assert VocFolder(checkout / "data/raw").mask("val_001").read_bytes() == folder.mask("val_001").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_wrong_encoder_shows_before_the_data_is_fetched(new_checkout, tmp_path):
     checkout = new_checkout()
     set_params(checkout, TINY | {"fetch.source": "voc2012", "encoder.name": "vit_smal_patch14_dinov2"})
@@ -101,6 +103,7 @@ def test_a_wrong_encoder_shows_before_the_data_is_fetched(new_checkout, tmp_path
     assert "VOCtrainval" not in failed.stdout
 
 
+@pytest.mark.slow
 def test_masks_are_validated_without_weights(new_checkout, tmp_path):
     checkout, folder = new_checkout(), VocFolder(tmp_path / "own")
     draw_sample(folder.root, 2)
@@ -144,6 +147,7 @@ def test_where_python3_is_not_the_environments_the_stage_finds_it(reproduced, tm
         shutil.rmtree(reproduced / ".venv")
 
 
+@pytest.mark.slow
 def test_two_repros_in_one_checkout_the_second_says_so(reproduced):
     set_params(reproduced, {"train.epochs": 300})
     with subprocess.Popen(
