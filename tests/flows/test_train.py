@@ -188,6 +188,7 @@ def test_a_branch_that_moved_on_is_registered_as_what_it_is_now(trained, cached_
     assert len(versions()) == 2
 
 
+@pytest.mark.slow
 def test_faulty_data_lists_every_offender_and_registers_nothing(checkout, tmp_path):
     folder = VocFolder(tmp_path / "own photos")
     draw_sample(folder.root, 6)
@@ -352,6 +353,7 @@ def closure(requirements: list[str]) -> set[str]:
     return found
 
 
+@pytest.mark.slow
 def test_the_registered_model_predicts_the_evaluated_masks_with_its_own_requirements(checkout, trained, tmp_path):
     raw = VocFolder(tmp_path / "raw")
     draw_sample(raw.root, TINY["fetch.limit"])

@@ -246,6 +246,7 @@ def command(predictor, tmp_path, root):
     return start
 
 
+@pytest.mark.slow
 def test_killed_the_next_run_does_only_the_rest(predictor, command, tmp_path):
     photos, out = tmp_path / "many", tmp_path / "out"
     for seed in range(12):
@@ -272,6 +273,7 @@ def test_killed_the_next_run_does_only_the_rest(predictor, command, tmp_path):
     assert len(table(out)) == len(list(out.glob("masks/*"))) == 12
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_run_and_leaves_nothing_half_written(command, predictor, tmp_path):
     photos, out = tmp_path / "noise", tmp_path / "out"
     for seed in range(8):

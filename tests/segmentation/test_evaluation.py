@@ -183,6 +183,7 @@ def test_the_scores_at_training_size_are_torchmetrics_on_the_logits(request, sou
     assert bins["pixels"].sum() == confusions.sum()
 
 
+@pytest.mark.slow
 def test_evaluating_twice_gives_the_same_bytes(run, capsys):
     first, again = run.evaluate(), run.evaluate("again")
     assert sorted(file.name for file in first.iterdir()) == WRITTEN

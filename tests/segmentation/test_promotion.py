@@ -182,6 +182,7 @@ def test_another_evaluation_set_is_refused_unread_and_by_force_judged_without_th
     assert decision["reasons"] == ["forced: new data", "data_checks: the checks of its data: failed"]
 
 
+@pytest.mark.slow
 def test_a_champion_that_cannot_be_loaded_is_replaced_by_force_only(client, pairs):
     (weights,) = code(WEAK).parents[2].rglob("segmenter.safetensors")
     whole = weights.read_bytes()

@@ -145,6 +145,7 @@ def test_an_error_within_an_epoch_leaves_no_line_behind_it(project, tmp_path, mo
     assert not [thread for thread in threading.enumerate() if "_repeat" in thread.name]
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_of_an_epoch_it_goes_on_and_ends_the_same(project, tmp_path, capsys):
     wanted = settings(project, epochs=6)
     uninterrupted = run(tmp_path, wanted)

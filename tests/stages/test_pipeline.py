@@ -70,6 +70,7 @@ def test_a_readme_edit_reruns_nothing(reproduced):
     assert "Data and pipelines are up to date." in dvc(reproduced, "status").stdout
 
 
+@pytest.mark.slow
 def test_more_epochs_rerun_train_and_evaluate_alone(reproduced):
     set_params(reproduced, {"train.epochs": 3})
     assert ran(dvc(reproduced, "repro").stdout) == ["train", "evaluate"]
