@@ -16,6 +16,11 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 
+# the servers of this machine are not behind the proxy that the environment may name
+direct = [os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or "", "127.0.0.1", "localhost"]
+if "127.0.0.1" not in direct[0].split(","):
+    os.environ["NO_PROXY"] = os.environ["no_proxy"] = ",".join(filter(None, direct))
+
 if find_spec("prefect") is None:
     sys.exit(f"{sys.executable} lacks the project's packages: run `make install`, then `. .venv/bin/activate`")
 

@@ -28,9 +28,13 @@ def read(arguments: Callable[[], T]) -> T:
     """
     os.environ.setdefault("PREFECT_HOME", str(scratch() / "prefect-by-hand"))
     try:
-        return arguments()
+        found = arguments()
+        scratch().mkdir(exist_ok=True)  # Prefect makes the last folder of its path alone, and warns where it cannot
+        return found
     except PipelineError as error:
         sys.exit(f"error: {error}")
+    except OSError as error:
+        sys.exit(f"error: {scratch()}: cannot be made ({error.strerror}); run in a checkout that you can write")
 
 
 def train() -> tuple[dict[str, Any], bool]:
