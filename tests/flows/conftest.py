@@ -43,9 +43,9 @@ def cached_checkout(new_checkout, shared_cache):
     return make
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def trained(prefect_server, cached_checkout, shared_cache) -> tuple[Path, dict]:
-    """A checkout in which flow `train` has run once, and what it returned."""
+    """A checkout in which flow `train` has run once, and what it returned; each file's own, for it counts versions."""
     checkout = cached_checkout()
     before = Path.cwd()
     os.chdir(checkout)
