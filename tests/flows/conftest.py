@@ -47,17 +47,15 @@ def cached_checkout(new_checkout, shared_cache):
 def trained(prefect_server, cached_checkout, shared_cache) -> tuple[Path, dict]:
     """A checkout in which flow `train` has run once, and what it returned; each file's own, for it counts versions."""
     checkout = cached_checkout()
-    before = Path.cwd()
-    os.chdir(checkout)
-    try:
-        with FileLock(f"{shared_cache}.lock"):
-            return checkout, train(TINY)
-    finally:
-        os.chdir(before)
+    with pytest.MonkeyPatch.context() as patch, FileLock(f"{shared_cache}.lock"):
+        patch.chdir(checkout)
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)  # MLflow sets it to the store that it used last
+        return checkout, train(TINY)
 
 
 @pytest.fixture
 def checkout(trained, monkeypatch) -> Path:
     """That checkout, as the current folder."""
     monkeypatch.chdir(trained[0])
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     return trained[0]
