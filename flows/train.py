@@ -28,6 +28,7 @@ from flows.services import GPU
 from segmentation.errors import PipelineError
 from segmentation.paths import DATA_CHECKS, EVALUATION, REPORT, TRAINING, project_root
 from segmentation.registry import MODEL_NAME, Registered
+from segmentation.verdict import caveat
 
 
 @flow(name="train")
@@ -104,7 +105,8 @@ def publish(folder: Path) -> None:
             )
         )
         + f'| the report\'s "mIoU" | | {small["report_miou"]:.4f} |\n\n'
-        f"Data checks: {checks['result']}. Files and pictures: `{folder}`",
+        + (f"**{note}**\n\n" if (note := caveat(metrics)) else "")
+        + f"Data checks: {checks['result']}. Files and pictures: `{folder}`",
     )
     create_table_artifact(
         key="training-epochs",
@@ -154,6 +156,7 @@ def _summary(name: str, folder: Path, registered: Registered) -> dict[str, Any]:
         "experiment": name,
         "miou": metrics["miou"],
         "pixel_accuracy": metrics["pixel_accuracy"],
+        "caveat": caveat(metrics),
         "version": registered.version,
         "aliases": list(registered.aliases),
         "folder": str(folder),
@@ -167,7 +170,8 @@ def main(overrides: dict[str, Any], isolated: bool) -> None:
     aliases = ", ".join(f"models:/{MODEL_NAME}@{alias}" for alias in result["aliases"])
     print(
         f"\n  mIoU            {result['miou']:.4f} on the val split (pixel accuracy {result['pixel_accuracy']:.4f})\n"
-        f"  model           models:/{MODEL_NAME}/{result['version']}  {aliases}\n"
+        + (f"                  {result['caveat']}\n" if result["caveat"] else "")
+        + f"  model           models:/{MODEL_NAME}/{result['version']}  {aliases}\n"
         f"  experiment      {result['experiment']}\n"
         f"  look at         {result['folder']}/{REPORT}\n"
         "  next            make services   (Prefect and MLflow in the browser)\n"

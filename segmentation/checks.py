@@ -14,6 +14,7 @@ from segmentation.errors import PipelineError
 from segmentation.files import sha256_json
 from segmentation.mask_rules import Offender, Rule, Severity, rules
 from segmentation.mask_table import MaskRow, build_rows, read_manifest, to_frame
+from segmentation.palettes import Reference
 from segmentation.progress import Progress
 from segmentation.voc import SPLITS
 
@@ -100,7 +101,14 @@ class DataChecks:
         raise PipelineError("\n".join(text))
 
 
-def check_masks(processed: Path, classes: list[str], size: int, max_void_share: float, docs: Path | None) -> DataChecks:
+def check_masks(
+    processed: Path,
+    classes: list[str],
+    size: int,
+    max_void_share: float,
+    docs: Path | None,
+    reference: Reference | None = None,
+) -> DataChecks:
     """Check every listed pair of `data/processed`, reading every written file back.
 
     Args:
@@ -109,12 +117,13 @@ def check_masks(processed: Path, classes: list[str], size: int, max_void_share: 
         size: side that photos and masks must have, pixels.
         max_void_share: a mask with a larger share of void pixels is named in a warning.
         docs: folder for the Data Docs, replaced if it exists; None = no Data Docs.
+        reference: what the colors of palette masks stand for; None = they are held to each other alone.
 
     Raises:
         PipelineError: the manifest is missing or unreadable. A broken rule raises nothing, see `raise_if_critical`.
     """
     manifest = read_manifest(processed / "manifest.parquet")
-    rows = build_rows(processed, manifest, len(classes))
+    rows = build_rows(processed, manifest, len(classes), reference)
     judged = rules(classes, size, max_void_share)
     results = _judge(judged, rows, docs)
     checks = DataChecks(

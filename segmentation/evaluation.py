@@ -34,7 +34,8 @@ from segmentation.metrics import (
 from segmentation.predictor import Augmentation, Predictor, mask_at
 from segmentation.progress import Progress
 from segmentation.settings import EvaluateSettings
-from segmentation.voc import VocFolder
+from segmentation.verdict import caveat
+from segmentation.voc import VocFolder, is_background
 
 WORST, BEST = 10, 3
 
@@ -45,7 +46,8 @@ def evaluate(
     """Predict every val photo and write the scores.
 
     Tables: `metrics.json` (headline numbers at the photo's own size; those at training size, and the report's, beside
-    them; a number that is undefined is left out), `per_class.csv`, `per_image.csv` (list order), `reliability.csv` and
+    them; those of the answer "background everywhere", where class 0 is a background; a number that is undefined is left
+    out), `per_class.csv`, `per_image.csv` (list order), `reliability.csv` and
     `per_image_confusion.npz` (`ids [N]`, and `[N, C, C]` matrices: `confusion` at the photo's own size and
     `confusion_training_size`). Pictures: `panels.png`, `worst.png`, `best.png`, `confusion.png`, `per_class.png` and
     `reliability.png`.
@@ -96,6 +98,7 @@ def evaluate(
         "miou_low": miou_ends[0].item(),
         "miou_high": miou_ends[1].item(),
         **headline,
+        "classes_scored": int(class_iou(confusion).isfinite().sum()),
         "boundary_iou": boundary_iou(border).nanmean().item(),
         "calibration_error": error,
         "training_size": {
@@ -105,6 +108,10 @@ def evaluate(
         },
         "photos": len(ids),
     }
+    if is_background(classes[0]):
+        everywhere = torch.zeros_like(confusion)
+        everywhere[:, 0] = confusion.sum(1)
+        metrics["background_everywhere"] = _scores(everywhere)
     per_class = _per_class(confusions, border, iou_ends, classes)
     per_image = _per_image(confusions, ids, sizes)
     bins = reliability_table(reliability)
@@ -134,6 +141,8 @@ def evaluate(
         f"evaluate: {len(ids)} photos, mIoU {metrics['miou']:.4f} (95 % interval {metrics['miou_low']:.4f} to "
         f"{metrics['miou_high']:.4f}), {seconds:.2f} s a photo"
     )
+    if note := caveat(metrics):
+        print(f"evaluate: {note}")
 
 
 def rank(per_image: pd.DataFrame) -> pd.DataFrame:

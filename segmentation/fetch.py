@@ -13,7 +13,10 @@ import psutil
 from filelock import FileLock, Timeout
 
 from segmentation.archive import check_md5, download, extract_voc, write_list
+from segmentation.class_names import CVAT, assumed, find_class_names
+from segmentation.color_masks import read_by_color
 from segmentation.errors import PipelineError
+from segmentation.palettes import PALETTE, find_reference
 from segmentation.paths import RAW, project_root, scratch
 from segmentation.progress import Progress
 from segmentation.sample import draw_sample
@@ -24,7 +27,8 @@ LAYOUT = """expected in it, or in VOC2012/ below it:
   JPEGImages/<id>.jpg
   SegmentationClass/<id>.png
   ImageSets/Segmentation/train.txt and val.txt  one id a line
-  classes.txt  optional: one class name a line, background first"""
+  classes.txt  optional: one class name a line, background first (labelme's class_names.txt and CVAT's labelmap.txt
+               are read, too)"""
 
 
 def fetch(settings: FetchSettings, root: Path = RAW) -> None:
@@ -43,8 +47,7 @@ def fetch(settings: FetchSettings, root: Path = RAW) -> None:
                 origin = archive.name
             elif settings.source == "directory":
                 source = _voc_folder(project_root() / settings.directory, root)
-                _copy(source, fresh, settings.limit)
-                origin = str(source.root)
+                origin = _take(source, VocFolder(fresh), settings.limit)
             else:
                 draw_sample(fresh, settings.limit)
                 origin = "the drawn sample"
@@ -119,16 +122,30 @@ def _voc_folder(directory: Path, root: Path) -> VocFolder:
     raise PipelineError(f"{directory}: {state} (fetch.directory); {LAYOUT}")
 
 
+def _take(source: VocFolder, fresh: VocFolder, limit: int | None) -> str:
+    """Copy a folder of the user's, whatever tool its class names and masks are from; returns the origin, in words."""
+    names = find_class_names(source)  # first: refuses a faulty file under the name that the user knows
+    reference = find_reference(source, names.names)
+    if names.file is None:
+        print(f"fetch: {assumed(source)}")
+    elif names.file != source.classes_file:
+        print(f"fetch: class names from {names.file}")
+    _copy(source, fresh.root, limit)
+    fresh.classes_file.write_text("".join(f"{name}\n" for name in names.names), encoding="utf-8")
+    if reference is not None:
+        read_by_color(fresh, reference)
+    return f"{source.root}" + (", with VOC's class names" if names.file is None else "")
+
+
 def _copy(source: VocFolder, root: Path, limit: int | None) -> None:
     """Copy the listed photos and masks, and the names; of a link its content."""
     target = VocFolder(root)
-    source.classes()  # refuses a faulty classes.txt under the name that the user knows
     identifiers: dict[str, None] = {}  # a set that keeps the order
     for split in SPLITS:
         listed = source.ids(split)[:limit]
         write_list(target, split, listed)
         identifiers.update(dict.fromkeys(listed))
-    files = [source.classes_file]
+    files = [source.root / name for name in (PALETTE, CVAT)]
     files += [path for name in identifiers if is_safe_id(name) for path in (source.photo(name), source.mask(name))]
     with Progress("fetch: copy", len(files), "file") as progress:
         for path in files:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +16,30 @@ from segmentation.voc import palette
 
 MAX_BYTES = 64 * 2**20
 MAX_PIXELS = 50_000_000
+# A 16-bit photo whose brightest value needs no more bits than this comes, most likely, from a sensor of 10, 12 or 14
+# bits, and its values were not scaled to 16.
+SENSOR_BITS = 14
 
 Pixels = NDArray[np.uint8]
 
 
+@dataclass(frozen=True)
+class Photo:
+    """A decoded photo.
+
+    Attributes:
+        image: RGB, upright.
+        kind: the real format, "JPEG" or "PNG", whatever the file is called.
+        doubt: why its brightness may be read wrong, in words; None where nothing speaks for it.
+    """
+
+    image: Image.Image
+    kind: str
+    doubt: str | None
+
+
 def read_photo(source: Path | bytes) -> tuple[Image.Image, str]:
-    """Decode a photo to RGB, upright (EXIF orientation applied).
+    """Decode a photo to RGB, upright (EXIF orientation applied); a doubt about its brightness becomes a Python warning.
 
     Args:
         source: a file, or a photo's bytes.
@@ -31,9 +50,21 @@ def read_photo(source: Path | bytes) -> tuple[Image.Image, str]:
     Raises:
         PipelineError: no JPEG or PNG, truncated, or larger than `MAX_BYTES` or `MAX_PIXELS`.
     """
-    image, _ = _open(source, ("JPEG", "PNG"))
-    kind = image.format or ""
-    return ImageOps.exif_transpose(image).convert("RGB"), kind
+    photo = decode_photo(source)
+    if photo.doubt:
+        warnings.warn(f"{_name(source)}: {photo.doubt}", stacklevel=2)
+    return photo.image, photo.kind
+
+
+def decode_photo(source: Path | bytes) -> Photo:
+    """As `read_photo`, but with the doubt in words instead of a warning."""
+    image, stored = _open(source, ("JPEG", "PNG"))
+    kind, doubt = image.format or "", _doubt(image, stored)
+    if image.mode.startswith("I"):
+        # Pillow would clip 16 bits at 255, which makes nearly all of a photo white. The upper byte is what it takes of
+        # 16-bit color, too.
+        image = _with_exif(Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)), image)
+    return Photo(ImageOps.exif_transpose(image).convert("RGB"), kind, doubt)
 
 
 def read_mask(source: Path | bytes) -> Pixels:
@@ -42,12 +73,32 @@ def read_mask(source: Path | bytes) -> Pixels:
     Raises:
         PipelineError: no PNG (JPEG blurs labels), truncated, too large, or not exactly one 8-bit channel.
     """
+    return decode_mask(source)[0]
+
+
+def decode_mask(source: Path | bytes) -> tuple[Pixels, list[int] | None]:
+    """As `read_mask`, and the file's own palette: RGB triples by id, flat, as many as it has; None if it is grey."""
     image, stored = _open(source, ("PNG",))
     # Pillow stretches grey of 2 or 4 bits over 0…255, which makes other labels of them
     mode = stored if stored in ("L;2", "L;4") else image.mode
     if mode not in ("P", "L"):
         raise PipelineError(f"{_name(source)}: mode {mode}; a mask has one 8-bit channel of class ids (P or L)")
-    return np.asarray(image)
+    return np.asarray(image), image.getpalette() if mode == "P" else None
+
+
+def read_color_mask(source: Path | bytes) -> Pixels:
+    """Decode a mask that is painted in colors, `[H, W, 3]` uint8 RGB.
+
+    Raises:
+        PipelineError: no PNG, truncated, too large, or not three opaque 8-bit channels.
+    """
+    image, stored = _open(source, ("PNG",))
+    opaque = stored == "RGB" or (stored == "RGBA" and image.getchannel("A").getextrema() == (255, 255))
+    if not opaque:
+        raise PipelineError(
+            f"{_name(source)}: mode {stored}; a color mask has three 8-bit channels, and no transparency"
+        )
+    return np.asarray(image.convert("RGB"))
 
 
 def resize_photo(photo: Image.Image, height: int, width: int) -> Image.Image:
@@ -91,6 +142,29 @@ def _open(source: Path | bytes, formats: tuple[str, ...]) -> tuple[Image.Image, 
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more
         raise PipelineError(f"{_name(source)}: no readable {' or '.join(formats)}: {error}") from None
     return image, str(stored)
+
+
+def _doubt(image: Image.Image, stored: str) -> str | None:
+    """In words, whether a 16-bit photo uses so little of its range that its values may mean something else."""
+    if image.mode.startswith("I"):
+        brightest = int(np.asarray(image).max())
+    elif stored.endswith(";16B"):
+        # Pillow keeps the upper byte alone, of all channels; alpha is no brightness
+        brightest = (int(np.asarray(image.convert("RGB")).max()) << 8) + 255
+    else:
+        return None
+    bits = brightest.bit_length()
+    if bits > SENSOR_BITS or brightest == 0:
+        return None
+    return (
+        f"the brightest pixel uses {bits} of its 16 bits, so it is dark: all 16 are read. Whether the values have 10, "
+        "12 or 14 bits cannot be known; if so, scale them to 16, or save 8"
+    )
+
+
+def _with_exif(image: Image.Image, original: Image.Image) -> Image.Image:
+    image.info["exif"] = original.info.get("exif", b"")
+    return image
 
 
 def _name(source: Path | bytes) -> str:

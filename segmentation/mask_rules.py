@@ -51,11 +51,27 @@ def rules(classes: Sequence[str], size: int, max_void_share: float) -> list[Rule
     square, last = f"{size}×{size}", len(classes) - 1
 
     def classes_missing_in_train(rows: Sequence[MaskRow]) -> list[Offender]:
-        masks = Counter(label for row in rows for label in _labels(row.labels_missing_in_train))
+        val, nowhere = (
+            Counter(label for row in rows if row.split == split for label in _labels(row.labels_missing_in_train))
+            for split in ("val", "train")
+        )
         return [
-            Offender(_list("train"), f"class {label} ({classes[label]}) is in {count} masks of val, in none of train")
-            for label, count in sorted(masks.items())
+            Offender(
+                _list("train"),
+                f"class {label} ({classes[label]}) is in "
+                + (f"{val[label]} masks of val, in none of train" if label in val else "no mask"),
+            )
+            for label in sorted({*val, *nowhere})
         ]
+
+    def one_class(rows: Sequence[MaskRow]) -> list[Offender]:
+        found = []
+        for row in rows:
+            labels = _labels(row.only_labels)
+            shown = ", ".join(f"{label} ({classes[label]})" for label in labels if label < len(classes))
+            hint = f", and void: {VOID} is void; write foreground as 1" if labels == [0, VOID] else ""
+            found.append(Offender(_list("train"), f"all its masks show class {shown or labels[0]} alone{hint}"))
+        return found
 
     return [
         Rule(
@@ -114,7 +130,8 @@ def rules(classes: Sequence[str], size: int, max_void_share: float) -> list[Rule
             "mask_has_one_channel",
             "critical",
             "every mask has one 8-bit channel of class ids (Pillow's mode P or L)",
-            "save the mask as a grey or palette PNG whose pixel values are class ids, not colours",
+            "save the mask as an 8-bit grey or palette PNG whose pixel values are class ids, not colors; or write the "
+            "colors into palette.txt (docs/own-data.md), and fetch reads masks of colors",
             "ExpectColumnValuesToBeInSet",
             {"column": "mask_mode", "value_set": ["P or L"]},
             _each(lambda row: Offender(_mask(row), f"mode {row.mask_mode}")),
@@ -168,6 +185,15 @@ def rules(classes: Sequence[str], size: int, max_void_share: float) -> list[Rule
             ),
         ),
         _null(
+            "palette_fits_labels",
+            "palette_conflict",
+            "a color of the masks' palettes stands for one label, the same in every mask",
+            "a tool has most likely renumbered the labels of these masks and kept their colors: export them again with "
+            "their class ids. If the labels are right, save the masks as grey PNGs, which have no palette. If only the "
+            "colors are right, write these into palette.txt and save the masks as RGB (docs/own-data.md)",
+            lambda row: Offender(_mask(row), row.palette_conflict or ""),
+        ),
+        _null(
             "no_new_labels",
             "new_labels",
             "resizing brings no label into a mask that was not there",
@@ -183,6 +209,26 @@ def rules(classes: Sequence[str], size: int, max_void_share: float) -> list[Rule
             "ExpectColumnValuesToNotBeInSet",
             {"column": "labels", "value_set": [str(VOID)]},
             _each(lambda row: Offender(_mask(row), _all_void(row))),
+        ),
+        Rule(
+            "train_shows_two_classes",
+            "critical",
+            "the masks of train show at least two classes",
+            f"a model learns to tell classes apart, and needs two; {VOID} is void (not scored), so an object that is "
+            f"written as {VOID} teaches nothing: write it as its class id, 1 for the first object class",
+            "ExpectColumnValuesToBeNull",
+            {"column": "only_labels"},
+            one_class,
+        ),
+        Rule(
+            "void_is_not_foreground",
+            "warning",
+            f"no mask shows class 0 and void ({VOID}) alone",
+            f"if {VOID} is the object, write it as its class id, for {VOID} is not scored; nothing need be done if "
+            "it is meant so",
+            "ExpectColumnValuesToNotBeInSet",
+            {"column": "every_label", "value_set": [f"0, {VOID}"]},
+            _each(lambda row: Offender(_mask(row), f"labels 0 and {VOID}; {VOID} is void; write foreground as 1")),
         ),
         Rule(
             "void_share",
@@ -211,13 +257,24 @@ def rules(classes: Sequence[str], size: int, max_void_share: float) -> list[Rule
             lambda row: Offender(_photo(row), f"same picture in train: {row.same_photo_in_train}"),
         ),
         Rule(
-            "val_classes_in_train",
+            "classes_in_train",
             "warning",
-            "every class that val shows is in train too",
-            "add photos of the class to train: a model cannot learn what it never sees",
+            "every class of classes.txt is in a mask of train",
+            "add photos of the class to train: a model cannot learn what it never sees. If the masks have it at "
+            "another id, or classes.txt has a name too many, correct that",
             "ExpectColumnValuesToBeNull",
             {"column": "labels_missing_in_train"},
             classes_missing_in_train,
+        ),
+        Rule(
+            "photo_uses_its_range",
+            "warning",
+            "every 16-bit photo uses more than 14 of its bits",
+            "nothing need be done if the photo is that dark; else scale its values to 16 bits or save 8, and do so "
+            "with photos that the model sees later",
+            "ExpectColumnValuesToBeNull",
+            {"column": "photo_doubt"},
+            _each(lambda row: Offender(_photo(row), row.photo_doubt or "")),
         ),
         Rule(
             "photo_is_jpeg",

@@ -16,6 +16,7 @@ import numpy as np
 
 from segmentation.errors import PipelineError
 from segmentation.images import read_mask, read_photo
+from segmentation.palettes import Painted, Reference, conflicts
 from segmentation.parallel import thread_pool
 from segmentation.progress import Progress
 from segmentation.voc import VOID, is_safe_id
@@ -40,6 +41,7 @@ class MaskRow:
     mask_problem: str | None = None
     mask_mode: str | None = None  # Pillow's name of the pixel format
     photo_format: str | None = None
+    photo_doubt: str | None = None
     photo_size: str | None = None  # of the written file, "518×518"
     mask_size: str | None = None
     photo_original_size: str | None = None
@@ -48,10 +50,12 @@ class MaskRow:
     every_label: str | None = None  # in the written mask or in the original, which is what evaluate scores
     highest_label: int | None = None  # of them, void aside
     new_labels: str | None = None  # those that the original mask has not
+    palette_conflict: str | None = None  # of the original
     void_share: float | None = None  # of a mask that is not all void
     changed: str | None = None  # "photo", "mask" or "photo and mask": no longer what the manifest describes
     same_photo_in_train: str | None = None  # ids, for a row of val
-    labels_missing_in_train: str | None = None  # class ids, for a row of val
+    labels_missing_in_train: str | None = None  # class ids, for a row of val; those of no mask, for the first of train
+    only_labels: str | None = None  # of all masks of train, where they show one class alone; for the first of train
 
 
 @dataclass(frozen=True)
@@ -98,31 +102,51 @@ def read_manifest(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def build_rows(processed: Path, manifest: Sequence[dict[str, Any]], classes: int) -> list[MaskRow]:
-    """Read every written file back, on all cores, and describe every listed pair."""
+def build_rows(
+    processed: Path, manifest: Sequence[dict[str, Any]], classes: int, reference: Reference | None
+) -> list[MaskRow]:
+    """Read every written file back, on all cores, and describe every listed pair.
+
+    Args:
+        processed: what preprocess wrote.
+        manifest: its rows.
+        classes: how many there are.
+        reference: what the colors of palette masks stand for; None = they are held to each other alone.
+    """
     copies = _read_all(processed, {row["id"]: row for row in manifest})
     times = Counter((row["split"], row["id"]) for row in manifest)
     listed_in = defaultdict(set)
     ids_in_train = defaultdict(set)  # by hash of the photo
     labels_in_train: set[int] = set()
+    labels_in_val: set[int] = set()
     for row in manifest:
         listed_in[row["id"]].add(row["split"])
         if row["split"] == "train":
             ids_in_train[row["image_sha256"]].add(row["id"])
-            if mask := copies[row["id"]].mask:
-                labels_in_train |= set(mask.labels)
+        if mask := copies[row["id"]].mask:
+            shown = labels_in_train if row["split"] == "train" else labels_in_val
+            shown |= set(mask.labels)
+    clashes = conflicts([painted for row in manifest if (painted := _painted(row))], reference)
+    # facts of the set as a whole, which the first row of train carries
+    whole = {
+        "labels_missing_in_train": _text(x for x in range(classes) if x not in labels_in_train | labels_in_val),
+        "only_labels": _text(sorted(labels_in_train)) if len(labels_in_train - {VOID}) == 1 else None,
+    }
     rows = []
     for row in manifest:
         identifier, pair = row["id"], copies[row["id"]]
-        facts = _facts(row, pair)
+        facts = _facts(row, pair) | {"palette_conflict": clashes.get(_mask_file(identifier))}
+        # Without a readable mask in train every class would be missing there; the cause is reported elsewhere.
+        if row["split"] == "train" and labels_in_train:
+            facts |= whole
+            whole = {}
         if row["split"] == "val":
             # The same id in both splits is a fault of the lists, and reported as one.
             twins = ids_in_train[row["image_sha256"]] - {identifier} if row["image_sha256"] else set()
             facts["same_photo_in_train"] = _text(sorted(twins))
-            # Without one readable mask in train every class would be missing there; the cause is reported elsewhere.
             if pair.mask and labels_in_train:
                 missing = set(pair.mask.labels) - labels_in_train
-                facts["labels_missing_in_train"] = _text(x for x in sorted(missing) if 0 < x < classes)
+                facts["labels_missing_in_train"] = _text(x for x in sorted(missing) if x < classes)
         splits = " and ".join(sorted(listed_in[identifier]))
         rows.append(MaskRow(row["split"], identifier, splits, times[row["split"], identifier], **facts))
     return rows
@@ -214,6 +238,7 @@ def _facts(row: dict[str, Any], copies: Copies) -> dict[str, Any]:
         "mask_problem": mask_problem,
         "mask_mode": mode,
         "photo_format": row["photo_format"],
+        "photo_doubt": row["photo_doubt"],
         "photo_size": photo.size,
         "mask_size": mask.size,
         "photo_original_size": _size(row["photo_width"], row["photo_height"]),
@@ -229,6 +254,21 @@ def _facts(row: dict[str, Any], copies: Copies) -> dict[str, Any]:
         facts["new_labels"] = _text(sorted(new))
         facts["void_share"] = mask.void_share if mask.labels != (VOID,) else None
     return facts
+
+
+def _painted(row: dict[str, Any]) -> Painted | None:
+    """What the palette of a pair's original mask says; None where it has none."""
+    if row["original_colors"] is None or not is_safe_id(row["id"]):
+        return None
+    colors = {
+        int(label): (int(text[1:3], 16), int(text[3:5], 16), int(text[5:7], 16)) if text else None
+        for label, text in zip(row["original_labels"], row["original_colors"], strict=True)
+    }
+    return Painted(_mask_file(row["id"]), row["original_palette"], colors)
+
+
+def _mask_file(identifier: str) -> str:
+    return f"SegmentationClass/{identifier}.png"
 
 
 def _size(width: int | None, height: int | None) -> str | None:

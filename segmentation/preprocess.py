@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from segmentation.errors import PipelineError
 from segmentation.files import atomic_path
-from segmentation.images import Pixels, mask_image, read_mask, read_photo, resize_mask, resize_photo
+from segmentation.images import Pixels, decode_mask, decode_photo, mask_image, resize_mask, resize_photo
 from segmentation.parallel import thread_pool
 from segmentation.progress import Progress
 from segmentation.voc import SPLITS, VOID, VocFolder, is_safe_id
@@ -38,7 +38,10 @@ SCHEMA = pa.schema(
         ("mask_width", pa.int64()),
         ("mask_height", pa.int64()),
         ("size", pa.int64()),
+        ("photo_doubt", pa.string()),
         ("original_labels", pa.list_(pa.int64())),
+        ("original_colors", pa.list_(pa.string())),
+        ("original_palette", pa.string()),
         ("labels", pa.list_(pa.int64())),
         ("pixels", pa.list_(pa.int64())),
         ("void_share", pa.float64()),
@@ -59,7 +62,10 @@ class Pair:
     photo_height: int | None = None
     mask_width: int | None = None
     mask_height: int | None = None
+    photo_doubt: str | None = None  # why its brightness may be read wrong
     original_labels: list[int] | None = None
+    original_colors: list[str] | None = None  # of these labels, "#rrggbb", or "" outside of the palette; None = grey
+    original_palette: str | None = None  # hash of the mask's whole palette
     labels: list[int] | None = None
     pixels: list[int] | None = None
     void_share: float | None = None
@@ -127,7 +133,8 @@ def _process(raw: Path, processed: Path, size: int, classes: int, identifier: st
         return pair
     folder = VocFolder(raw)
     try:
-        photo, pair.photo_format = read_photo(folder.photo(identifier))
+        decoded = decode_photo(folder.photo(identifier))
+        photo, pair.photo_format, pair.photo_doubt = decoded.image, decoded.kind, decoded.doubt
         pair.photo_width, pair.photo_height = photo.size
         photo = resize_photo(photo, size, size)
         pair.image_sha256 = hashlib.sha256(photo.tobytes()).hexdigest()
@@ -138,9 +145,15 @@ def _process(raw: Path, processed: Path, size: int, classes: int, identifier: st
     except PipelineError as error:
         pair.photo_problem = str(error)
     try:
-        original = read_mask(folder.mask(identifier))
+        original, colors = decode_mask(folder.mask(identifier))
         pair.mask_height, pair.mask_width = original.shape
-        pair.original_labels = np.unique(original).tolist()
+        labels = np.unique(original).tolist()
+        pair.original_labels = labels
+        if colors is not None:
+            flat = bytes(colors)
+            triples = [flat[3 * label : 3 * label + 3].hex() for label in labels]
+            pair.original_colors = [f"#{triple}" if triple else "" for triple in triples]
+            pair.original_palette = hashlib.sha256(flat).hexdigest()
         mask = resize_mask(original, size)
         _describe(pair, mask, classes)
         with atomic_path(processed / "masks" / f"{identifier}.png") as temporary:

@@ -27,6 +27,7 @@ from segmentation.figures import draw_curves
 from segmentation.files import atomic_path
 from segmentation.images import Pixels, mask_image, read_mask, read_photo, resize_mask, resize_photo
 from segmentation.settings import Settings
+from segmentation.verdict import caveat
 from segmentation.voc import VOID, VocFolder, palette
 
 # What the published experiment printed, by epoch.
@@ -107,6 +108,7 @@ def write_report(
     environment.filters |= {"number": _number, "percent": _percent, "setting": _setting}
     page = environment.get_template("report.html").render(
         metrics=metrics,
+        caveat=caveat(metrics),
         card=card,
         checks=checks,
         epochs=_records(history.merge(REPORT_EPOCHS, "outer", "epoch", suffixes=("", "_theirs")).sort_values("epoch")),

@@ -9,12 +9,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from segmentation.errors import PipelineError
 
 VOID = 255
+IGNORE = "__ignore__"
 SPLITS = ("train", "val")
 CLASSES = (
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
@@ -67,23 +69,47 @@ class VocFolder:
             PipelineError: the list is missing or no UTF-8 text.
         """
         path = self.split_file(split)
-        return _lines(path, "write one photo id a line, without .jpg")
+        return read_lines(path, "write one photo id a line, without .jpg")
 
     def classes(self) -> list[str]:
         """Class names by id, background first: those of `classes.txt`, else VOC's 21.
 
         Raises:
-            PipelineError: fewer than 2 or more than 255 names, or one twice.
+            PipelineError: see `check_names`.
         """
         path = self.classes_file
         if not path.exists():
             return list(CLASSES)
-        names = _lines(path, "write one class name a line, background first")
-        if not 2 <= len(names) <= VOID:
-            raise PipelineError(f"{path}: {len(names)} classes; it must name 2 to {VOID}, background first")
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise PipelineError(f"{path}: named more than once: {', '.join(twice)}")
+        names = read_lines(path, "write one class name a line, background first")
+        check_names(path, names)
         return names
+
+
+def check_names(path: Path, names: Sequence[str]) -> None:
+    """Refuse class names, by id, that cannot be what the masks mean.
+
+    Raises:
+        PipelineError: fewer than 2 or more than 255 names, one twice, one that is no class, or background not first.
+    """
+    if not 2 <= len(names) <= VOID:
+        raise PipelineError(f"{path}: {len(names)} classes; it must name 2 to {VOID}, background first")
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise PipelineError(f"{path}: named more than once: {', '.join(twice)}")
+    if IGNORE in names:
+        raise PipelineError(
+            f"{path}: {IGNORE} is no class: it is how labelme's labels.txt writes void, which is {VOID} in a mask. "
+            "Remove the line, or every class gets the id after its own"
+        )
+    if later := [name for name in names[1:] if is_background(name)]:
+        raise PipelineError(
+            f"{path}: {later[0]} is class {names.index(later[0])}, and background must be class 0: make it the first "
+            "line, and renumber masks of class ids if they have it at another id"
+        )
+
+
+def is_background(name: str) -> bool:
+    """Whether a class is what no object covers, as tools spell it: background, Background, _background_."""
+    return name.strip("_ ").casefold() == "background"
 
 
 def parse_lines(text: bytes) -> list[str]:
@@ -95,7 +121,12 @@ def parse_lines(text: bytes) -> list[str]:
     return [line.strip() for line in text.decode("utf-8-sig").splitlines() if line.strip()]
 
 
-def _lines(path: Path, remedy: str) -> list[str]:
+def read_lines(path: Path, remedy: str) -> list[str]:
+    """`parse_lines` of a file.
+
+    Raises:
+        PipelineError: it is missing or no UTF-8 text; the message ends with the remedy.
+    """
     try:
         return parse_lines(path.read_bytes())
     except FileNotFoundError:

@@ -9,10 +9,13 @@ from stages._stage import run_stage
 def main(settings: Settings) -> None:
     from segmentation.checks import check_masks
     from segmentation.files import sha256_file, write_json
+    from segmentation.palettes import find_reference
 
-    classes = VocFolder(RAW).classes()
+    folder = VocFolder(RAW)
+    classes = folder.classes()
     docs = scratch() / "data_docs" / sha256_file(MANIFEST)[:12]
-    checks = check_masks(PROCESSED, classes, settings.preprocess.image_size, settings.validate_.max_void_share, docs)
+    size, most = settings.preprocess.image_size, settings.validate_.max_void_share
+    checks = check_masks(PROCESSED, classes, size, most, docs, find_reference(folder, classes))
     print(f"validate: Data Docs in {checks.docs_index}", flush=True)
     checks.raise_if_critical()
     write_json(DATA_CHECKS, checks.to_json())
