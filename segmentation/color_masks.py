@@ -36,11 +36,11 @@ def read_by_color(folder: VocFolder, reference: Reference) -> None:
             Image.fromarray(labels).save(temporary)
         done += 1
     if done:
-        print(f"fetch: {done} color masks became masks of class ids, by the colors of {reference.origin}")
+        print(f"fetch: color masks that became class ids, by the colors of {reference.origin}: {done}")
     for text in unknown[:SHOWN]:
-        print(f"fetch: {text}")
+        print(f"warning: {text}")
     if len(unknown) > SHOWN:
-        print(f"fetch: … and {len(unknown) - SHOWN} more color masks that are not read")
+        print(f"warning: … and {len(unknown) - SHOWN} more color masks that are not read")
 
 
 def by_color(colors: Pixels, reference: Reference) -> Pixels:

@@ -127,7 +127,7 @@ def _take(source: VocFolder, fresh: VocFolder, limit: int | None) -> str:
     names = find_class_names(source)  # first: refuses a faulty file under the name that the user knows
     reference = find_reference(source, names.names)
     if names.file is None:
-        print(f"fetch: {assumed(source)}")
+        print(f"warning: {assumed(source)}")
     elif names.file != source.classes_file:
         print(f"fetch: class names from {names.file}")
     _copy(source, fresh.root, limit)

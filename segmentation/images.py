@@ -52,7 +52,7 @@ def read_photo(source: Path | bytes) -> tuple[Image.Image, str]:
     """
     photo = decode_photo(source)
     if photo.doubt:
-        warnings.warn(f"{_name(source)}: {photo.doubt}", stacklevel=2)
+        warnings.warn(f"{_name(source)}: {photo.doubt}; if so, scale them to 16 bits, or save 8", stacklevel=2)
     return photo.image, photo.kind
 
 
@@ -157,8 +157,8 @@ def _doubt(image: Image.Image, stored: str) -> str | None:
     if bits > SENSOR_BITS or brightest == 0:
         return None
     return (
-        f"the brightest pixel uses {bits} of its 16 bits, so it is dark: all 16 are read. Whether the values have 10, "
-        "12 or 14 bits cannot be known; if so, scale them to 16, or save 8"
+        f"the brightest pixel uses {bits} of its 16 bits, so it is dark; whether the values have 10, 12 or 14 bits "
+        "cannot be known"
     )
 
 

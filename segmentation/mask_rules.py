@@ -58,7 +58,7 @@ def rules(classes: Sequence[str], size: int, max_void_share: float) -> list[Rule
         return [
             Offender(
                 _list("train"),
-                f"class {label} ({classes[label]}) is in "
+                f"{classes[label]} (class {label}) is in "
                 + (f"{val[label]} masks of val, in none of train" if label in val else "no mask"),
             )
             for label in sorted({*val, *nowhere})

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from segmentation.errors import PipelineError
-from segmentation.images import mask_image, read_mask, read_photo, resize_mask
+from segmentation.images import decode_mask, decode_photo, mask_image, read_mask, read_photo, resize_mask
 from segmentation.voc import VOID, VocFolder, is_safe_id, palette
 from tests.conftest import png_declaring
 
@@ -26,6 +26,70 @@ def test_a_photo_is_upright_rgb_and_says_what_it_is():
     photo, kind = read_photo(encoded(noise(), "JPEG", exif=exif))
     assert (photo.mode, photo.size, kind) == ("RGB", (40, 60), "JPEG")
     assert read_photo(encoded(noise(), "PNG"))[1] == "PNG"
+
+
+def png(kind: int, values: list, bits: int = 16) -> bytes:
+    """A PNG of one row; `kind` is the header's color type."""
+    row = np.array(values, ">u2" if bits == 16 else "u1")
+    return png_declaring(len(values), 1, bits=bits, kind=kind, rows=b"\x00" + row.tobytes())
+
+
+def test_a_photo_in_16_bit_grey_is_the_same_as_in_8_bits():
+    eight = np.random.default_rng(0).integers(0, 256, (40, 60), dtype=np.uint8)
+    eight[0, 0] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for scale in (257, 256):  # 255 becomes 65,535, or the bits are shifted
+        grey = Image.fromarray(eight.astype(np.uint16) * scale)
+        photo, kind = read_photo(encoded(grey, "PNG", exif=exif))
+        assert (photo.mode, photo.size, kind) == ("RGB", (40, 60), "PNG")
+        wanted = np.rot90(eight, -1)
+        assert all(np.array_equal(np.asarray(photo)[..., channel], wanted) for channel in range(3))
+
+
+@pytest.mark.parametrize("kind", [0, 2, 4, 6])  # grey, RGB, grey and alpha, RGB and alpha
+def test_photos_of_16_bits_are_read_over_their_whole_range(kind):
+    channels = {0: 1, 2: 3, 4: 2, 6: 4}[kind]
+    values = [[[0] * channels, [0x4000] * channels, [0x80FF] * channels, [0xFFFF] * channels]]
+    photo = decode_photo(png(kind, np.array(values).reshape(4, channels)))
+    assert np.asarray(photo.image).tolist() == [[[0] * 3, [0x40] * 3, [0x80] * 3, [0xFF] * 3]]
+    assert photo.doubt is None
+
+
+@pytest.mark.parametrize(("brightest", "bits"), [(1023, 10), (4095, 12), (16383, 14), (16384, None), (0, None)])
+def test_a_16_bit_photo_that_uses_few_bits_is_read_as_it_is_and_doubted(brightest, bits):
+    source = png(0, [0, brightest // 2, brightest])
+    photo = decode_photo(source)
+    assert np.asarray(photo.image)[0, :, 0].tolist() == [0, brightest // 2 >> 8, brightest >> 8]
+    if bits is None:
+        assert photo.doubt is None
+        return
+    assert f"uses {bits} of its 16 bits" in photo.doubt
+    assert "cannot be known" in photo.doubt
+    with pytest.warns(UserWarning, match=f"photo: .* uses {bits} of its 16 bits.* scale them to 16 bits, or save 8"):
+        read_photo(source)
+
+
+def test_a_dark_16_bit_color_photo_is_doubted_whatever_its_alpha():
+    assert "12 of its 16 bits" in decode_photo(png(6, np.array([[4095, 0, 100, 65535]] * 3))).doubt
+    assert decode_photo(png(6, np.array([[4095, 0, 100, 255]] * 3, np.uint8), bits=8)).doubt is None
+
+
+@pytest.mark.parametrize(
+    ("image", "kind", "tolerance"),
+    [
+        (Image.new("L", (8, 8), 77), "PNG", 0),
+        (Image.new("L", (8, 8), 77), "JPEG", 2),
+        (Image.new("LA", (8, 8), (77, 9)), "PNG", 0),
+        (Image.new("RGBA", (8, 8), (77, 77, 77, 255)), "PNG", 0),
+        (Image.new("L", (8, 8), 77).convert("P"), "PNG", 0),
+        (Image.new("RGB", (8, 8), (77, 77, 77)).convert("CMYK"), "JPEG", 3),
+    ],
+    ids=lambda value: value.mode if isinstance(value, Image.Image) else str(value),
+)
+def test_a_photo_of_any_other_mode_keeps_its_brightness(image, kind, tolerance):
+    pixels = np.asarray(read_photo(encoded(image, kind))[0]).astype(int)
+    assert abs(pixels - 77).max() <= tolerance
 
 
 @pytest.mark.parametrize("bad", [b"", b"hello", encoded(noise(), "GIF"), encoded(noise(), "JPEG")[:-500]])
@@ -55,6 +119,24 @@ def test_a_mask_that_would_be_read_as_other_labels_is_refused():
         read_mask(encoded(Image.fromarray(np.zeros((9, 9), np.uint8)), "JPEG"))
     with pytest.raises(PipelineError, match="mode L;2; a mask has one 8-bit channel"):
         read_mask(png_declaring(4, 1, bits=2, kind=0, rows=b"\x00\x1b"))  # 0 1 2 3, which Pillow reads as 0 85 170 255
+
+
+def test_a_mask_brings_its_own_palette_and_a_grey_one_brings_none():
+    ids = np.array([[0, 1, 20, 255]], np.uint8)
+    assert decode_mask(encoded(mask_image(ids), "PNG"))[1] == palette()
+    assert decode_mask(encoded(Image.fromarray(ids), "PNG"))[1] is None
+    short = Image.fromarray(ids).convert("P")
+    short.putpalette([9] * 3 * 21)
+    read, colors = decode_mask(encoded(short, "PNG"))
+    assert np.array_equal(read, ids)
+    assert colors == [9] * 3 * 21
+
+
+@pytest.mark.parametrize("mode", ["1", "I;16", "LA", "RGB", "RGBA"])
+def test_a_mask_of_another_mode_is_refused(mode):
+    mask = Image.new(mode, (4, 4))
+    with pytest.raises(PipelineError, match=f"mode {mode}; a mask has one 8-bit channel"):
+        read_mask(encoded(mask, "PNG"))
 
 
 def test_mask_resizing_takes_the_pixel_under_each_centre_on_real_masks(voc_subset):
