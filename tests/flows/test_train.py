@@ -87,7 +87,7 @@ def test_a_run_registers_a_version_with_its_lineage(checkout, trained):
     assert version.tags["experiment"] == result["experiment"]
     assert version.tags["git_commit"] == git(checkout, "rev-parse", "HEAD").strip()
     assert version.tags["git_dirty"] == "false"
-    assert version.tags["data_checks"] == "passed"
+    assert version.tags["data_checks"] == "passed with warnings"  # few photos do not show all classes
     assert "fetch" in git(checkout, "show", f"{commit}:dvc.lock")
     assert len(version.tags["dvc_lock_sha256"]) == len(version.tags["params_sha256"]) == 64
     assert len(version.tags["evaluation_set_sha256"]) == 64

@@ -118,7 +118,8 @@ def test_a_palette_file_comes_before_vocs_palette_and_before_cvats(tmp_path):
 
 def test_cvats_colors_are_found_by_name_whatever_the_order_and_the_decoration(tmp_path):
     (tmp_path / "labelmap.txt").write_text(
-        "# label:color_rgb:parts:actions\r\ndog:51, 221,255::\r\n\r\nbody::\r\nbackground:0,0,0::\r\ncat:250,50,83:a:\r\n"
+        "# label:color_rgb:parts:actions\r\n"
+        "dog:51, 221,255::\r\n\r\nbody::\r\nbackground:0,0,0::\r\ncat:250,50,83:a:\r\n"
     )
     reference = find_reference(VocFolder(tmp_path), ["background", "cat", "dog", "cow"])
     assert reference is not None

@@ -1,7 +1,7 @@
 import pytest
 
 from segmentation.errors import PipelineError
-from segmentation.voc import CLASSES, SPLITS, VocFolder, parse_lines
+from segmentation.voc import CLASSES, SPLITS, VocFolder, is_background, parse_lines
 
 
 def test_a_folder_names_its_photos_masks_lists_and_classes(tmp_path):
@@ -21,3 +21,29 @@ def test_a_list_that_is_missing_is_named(tmp_path):
 
 def test_a_byte_order_mark_is_no_part_of_a_listed_id() -> None:
     assert parse_lines(b"\xef\xbb\xbf2007_000033\r\n\n 2007_000063 \n") == ["2007_000033", "2007_000063"]
+
+
+def test_a_background_is_told_by_its_name_as_tools_spell_it() -> None:
+    assert all(map(is_background, ["background", "Background", "_background_", "__BACKGROUND__"]))
+    assert not any(map(is_background, ["sky", "ground", "background clutter", "void"]))
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        ("__ignore__\n_background_\ncat\n", "classes.txt: __ignore__ is no class"),
+        ("cat\nbackground\n", "classes.txt: background is class 1, and background must be class 0"),
+        ("background\ncat\nBackground\n", "classes.txt: Background is class 2"),
+    ],
+)
+def test_names_that_cannot_be_what_the_ids_mean_are_refused(tmp_path, names, words) -> None:
+    folder = VocFolder(tmp_path)
+    folder.classes_file.write_text(names)
+    with pytest.raises(PipelineError, match=words):
+        folder.classes()
+
+
+def test_a_set_needs_no_background(tmp_path) -> None:
+    folder = VocFolder(tmp_path)
+    folder.classes_file.write_text("sky\nroad\n")
+    assert folder.classes() == ["sky", "road"]

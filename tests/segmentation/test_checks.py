@@ -18,8 +18,10 @@ from segmentation.checks import DataChecks, check_masks
 from segmentation.errors import PipelineError
 from segmentation.images import Pixels, mask_image, read_mask
 from segmentation.mask_rules import rules
+from segmentation.palettes import find_reference
 from segmentation.preprocess import SCHEMA, preprocess
-from segmentation.voc import VOID
+from segmentation.voc import CLASSES as VOC_CLASSES
+from segmentation.voc import VOID, VocFolder, palette
 
 CLASSES = ["background", "cat", "dog", "car"]
 SIZE = 16
@@ -47,6 +49,8 @@ class Pair:
             "mask_height": 40,
             "size": SIZE,
             "original_labels": np.flatnonzero(counts).tolist(),
+            "original_colors": [f"#{bytes(palette()[3 * x : 3 * x + 3]).hex()}" for x in np.flatnonzero(counts)],
+            "original_palette": "voc",
             "labels": np.flatnonzero(counts).tolist(),
             "pixels": counts[: len(CLASSES)].tolist(),
             "void_share": float(counts[VOID] / self.mask.size),
@@ -60,7 +64,17 @@ class Pair:
         self.row |= nothing | {"photo_problem": problem}
 
     def lose_mask(self, problem: str) -> None:
-        nothing = ("mask_width", "mask_height", "original_labels", "labels", "pixels", "void_share", "mask_sha256")
+        nothing = (
+            "mask_width",
+            "mask_height",
+            "original_labels",
+            "original_colors",
+            "original_palette",
+            "labels",
+            "pixels",
+            "void_share",
+            "mask_sha256",
+        )
         self.row |= dict.fromkeys(nothing) | {"mask_problem": problem}
 
 
@@ -169,11 +183,11 @@ def unknown_label(pairs: Pairs) -> None:
 
 
 def unknown_label_lost_in_resizing(pairs: Pairs) -> None:
-    pairs["t1"].row["original_labels"] = [0, 1, 2, 3, 77, VOID]
+    pairs["t1"].row |= {"original_labels": [0, 1, 2, 3, 77, VOID], "original_colors": None}
 
 
 def new_label(pairs: Pairs) -> None:
-    pairs["t1"].row["original_labels"] = [0, VOID]
+    pairs["t1"].row |= {"original_labels": [0, VOID], "original_colors": None}
 
 
 def all_void(pairs: Pairs) -> None:
@@ -198,6 +212,29 @@ def same_photo(pairs: Pairs) -> None:
 
 def val_only_class(pairs: Pairs) -> None:
     pairs["t2"].mask[pairs["t2"].mask == 3] = 1
+
+
+def class_of_no_mask(pairs: Pairs) -> None:
+    for each in pairs.values():
+        each.mask[each.mask == 3] = 1
+
+
+def class_0_of_no_mask(pairs: Pairs) -> None:
+    for each in pairs.values():
+        each.mask[each.mask == 0] = 1
+
+
+def foreground_255_in_one(pairs: Pairs) -> None:
+    pairs["v1"].mask[pairs["v1"].mask > 0] = VOID
+
+
+def swapped_colors(pairs: Pairs) -> None:
+    swapped = {"original_labels": [0, 1, 2, VOID], "original_colors": ["#000000", "#008000", "#800000", "#e0e0c0"]}
+    pairs["t1"].row |= swapped | {"original_palette": "another"}
+
+
+def dark_photo(pairs: Pairs) -> None:
+    pairs["t0"].row["photo_doubt"] = "the brightest pixel uses 12 of its 16 bits, so it is dark"
 
 
 def png_named_jpg(pairs: Pairs) -> None:
@@ -233,7 +270,27 @@ CASES: list[tuple[Callable[[Pairs], None], str, str, str]] = [
         "processed copy images/v0.png is not what the manifest describes",
     ),
     (same_photo, "photo_in_one_split", "JPEGImages/v1.jpg", "same picture in train: t2"),
-    (val_only_class, "val_classes_in_train", "ImageSets/Segmentation/train.txt", "class 3 (car)"),
+    (
+        val_only_class,
+        "classes_in_train",
+        "ImageSets/Segmentation/train.txt",
+        "car (class 3) is in 1 masks of val, in none of train",
+    ),
+    (class_of_no_mask, "classes_in_train", "ImageSets/Segmentation/train.txt", "car (class 3) is in no mask"),
+    (class_0_of_no_mask, "classes_in_train", "ImageSets/Segmentation/train.txt", "background (class 0) is in no mask"),
+    (
+        foreground_255_in_one,
+        "void_is_not_foreground",
+        "SegmentationClass/v1.png",
+        "labels 0 and 255; 255 is void; write foreground as 1",
+    ),
+    (
+        swapped_colors,
+        "palette_fits_labels",
+        "SegmentationClass/t1.png",
+        "color 0 128 0 is label 1, but label 2 in SegmentationClass/v1.png",
+    ),
+    (dark_photo, "photo_uses_its_range", "JPEGImages/t0.jpg", "the brightest pixel uses 12 of its 16 bits"),
     (png_named_jpg, "photo_is_jpeg", "JPEGImages/t0.jpg", "is a PNG"),
 ]
 
@@ -272,8 +329,74 @@ def test_a_fault_breaks_its_rule_and_no_other(
 
 
 def test_every_rule_has_a_case_that_breaks_it() -> None:
-    elsewhere = {"mask_has_one_channel"}  # test_a_colour_mask_…
+    elsewhere = {
+        "mask_has_one_channel",  # test_a_colour_mask_…
+        "train_shows_two_classes",  # test_one_class_alone_…
+    }
     assert {case[1] for case in CASES} | elsewhere == {rule.name for rule in rules(CLASSES, SIZE, 0.5)}
+
+
+def only(labels: list[int]) -> Pairs:
+    """Pairs whose masks show these labels alone."""
+    pairs = clean()
+    for each in pairs.values():
+        each.mask[:] = labels[0]
+        each.mask[3:9, 3:9] = labels[-1]
+    return pairs
+
+
+@pytest.mark.parametrize(
+    ("labels", "found"),
+    [
+        ([0, VOID], "all its masks show class 0 (background) alone, and void: 255 is void; write foreground as 1"),
+        ([0], "all its masks show class 0 (background) alone"),
+        ([2], "all its masks show class 2 (dog) alone"),
+        ([2, VOID], "all its masks show class 2 (dog) alone"),
+        ([77], "all its masks show class 77 alone"),
+    ],
+)
+def test_one_class_alone_in_all_masks_is_refused_with_a_hint_where_foreground_is_255(
+    tmp_path: Path, labels: list[int], found: str
+) -> None:
+    checks = check(write(tmp_path, list(only(labels).values())), max_void_share=1)
+    assert checks.result == "failed"
+    assert broken(checks)["train_shows_two_classes"] == [("ImageSets/Segmentation/train.txt", found)]
+    named = {text for _, text in broken(checks)["classes_in_train"]}
+    shown = {CLASSES[label] for label in labels if label < len(CLASSES)}
+    assert {text.split(" (")[0] for text in named} == set(CLASSES) - shown
+    with pytest.raises(PipelineError) as error:
+        checks.raise_if_critical()
+    assert found in str(error.value)
+
+
+def test_one_class_alone_in_train_is_refused_whatever_val_shows(tmp_path: Path) -> None:
+    pairs = only([0])
+    for name, label in (("v0", 1), ("v1", 2), ("v2", 3)):
+        pairs[name].mask[3:9, 3:9] = label
+    offenders = broken(check(write(tmp_path, list(pairs.values()))))
+    assert set(offenders) == {"train_shows_two_classes", "classes_in_train"}
+    assert [text for _, text in offenders["classes_in_train"]] == [
+        f"{name} (class {label}) is in 1 masks of val, in none of train"
+        for label, name in sorted(enumerate(CLASSES[1:], 1), key=lambda each: each[1])
+    ]
+
+
+def test_masks_that_are_all_void_are_no_class_alone(tmp_path: Path) -> None:
+    offenders = broken(check(write(tmp_path, list(only([VOID]).values())), max_void_share=1))
+    assert set(offenders) == {"mask_not_all_void", "classes_in_train"}
+
+
+def test_a_reference_speaks_where_the_masks_agree_among_themselves(tmp_path: Path) -> None:
+    pairs = clean()
+    shifted = [f"#{bytes(palette()[3 * x : 3 * x + 3]).hex()}" for x in (0, 12, 8, 7)]
+    for each in pairs.values():
+        each.row |= {"original_labels": [0, 1, 2, 3], "original_colors": shifted}
+    processed = write(tmp_path, list(pairs.values()))
+    voc = find_reference(VocFolder(tmp_path), VOC_CLASSES)
+    assert "palette_fits_labels" not in broken(check(processed))
+    checks = check_masks(processed, CLASSES, SIZE, 0.5, None, voc)
+    found = "label 1 has color 64 0 128, which is label 12 in VOC's palette"
+    assert broken(checks)["palette_fits_labels"] == [(f"SegmentationClass/{name}.png", found) for name in sorted(pairs)]
 
 
 def test_a_colour_mask_is_told_from_an_unreadable_one(tmp_path: Path) -> None:
@@ -300,7 +423,7 @@ def test_written_files_are_read_back(tmp_path: Path) -> None:
     Image.open(processed / "masks" / "v2.png").transpose(Image.Transpose.ROTATE_90).save(processed / "masks/v2.png")
     offenders = broken(check(processed))
     # Without t0 and t1 no readable mask of train shows classes 1 and 2: a warning, and true.
-    assert set(offenders) == {"mask_readable", "photo_readable", "copies_unchanged", "val_classes_in_train"}
+    assert set(offenders) == {"mask_readable", "photo_readable", "copies_unchanged", "classes_in_train"}
     masks, photos = dict(offenders["mask_readable"]), dict(offenders["photo_readable"])
     assert masks["SegmentationClass/t0.png"] == "processed copy masks/t0.png is missing"
     assert masks["SegmentationClass/t1.png"].startswith("processed copy masks/t1.png: no readable PNG")
@@ -513,12 +636,15 @@ def test_a_dog_on_much_void_is_a_warning_and_labels_lost_in_resizing_are_refused
     for name in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
         (raw / name).mkdir(parents=True)
     (raw / "classes.txt").write_text("\n".join(CLASSES))
-    (raw / "ImageSets/Segmentation/train.txt").write_text("whole\n")
+    (raw / "ImageSets/Segmentation/train.txt").write_text("whole\nothers\n")
     (raw / "ImageSets/Segmentation/val.txt").write_text("2008_006981\n")
     dog = CLASSES.index("dog")
     whole = np.zeros((100, 125), np.uint8)
     whole[20:60, 20:60] = dog
     write_pair(raw, "whole", whole)
+    others = np.zeros((100, 125), np.uint8)
+    others[10:40, 10:60], others[50:90, 10:60] = 1, 3
+    write_pair(raw, "others", others)
     void = np.full((100, 125), VOID, np.uint8)
     void[30:51, 40:90] = dog  # 91.6 % void, as VOC's own 2008_006981
     write_pair(raw, "2008_006981", void)
@@ -541,3 +667,35 @@ def test_a_dog_on_much_void_is_a_warning_and_labels_lost_in_resizing_are_refused
     assert broken(checks) == {"mask_not_all_void": [("SegmentationClass/2008_006981.png", why)]}
     with pytest.raises(PipelineError, match=r"2008_006981\.png  every pixel is void in the processed copy"):
         checks.raise_if_critical()
+
+
+@pytest.mark.parametrize("names", [VOC_CLASSES, tuple(f"class {label}" for label in range(21))], ids=["VOC", "own"])
+def test_real_masks_that_a_tool_has_renumbered_are_refused_and_real_ones_pass(
+    tmp_path: Path, voc_subset: Path, names: tuple[str, ...]
+) -> None:
+    source, folder = VocFolder(voc_subset), VocFolder(tmp_path / "raw")
+    for path in (folder.photo("x"), folder.mask("x"), folder.split_file("x")):
+        path.parent.mkdir(parents=True)
+    ids = {split: source.ids(split)[:6] for split in ("train", "val")}
+    for split, listed in ids.items():
+        folder.split_file(split).write_text("\n".join(listed))
+        for name in listed:
+            folder.photo(name).symlink_to(source.photo(name))
+            folder.mask(name).write_bytes(source.mask(name).read_bytes())
+    folder.classes_file.write_text("\n".join(names))
+    reference = find_reference(folder, names)
+
+    def palettes(name: str) -> list[tuple[str, str]] | None:
+        preprocess(folder.root, tmp_path / name, SIZE)
+        return broken(check_masks(tmp_path / name, list(names), SIZE, 1, None, reference)).get("palette_fits_labels")
+
+    assert palettes("as they are") is None
+
+    grey, renumbered = ids["train"][0], ids["val"][0]
+    Image.fromarray(read_mask(folder.mask(grey))).save(folder.mask(grey))
+    colors = Image.open(folder.mask(renumbered)).convert("RGB")
+    assert (224, 224, 192) in {color for _, color in colors.getcolors()}  # void
+    colors.quantize().save(folder.mask(renumbered))
+    found = palettes("one renumbered")
+    assert found is not None
+    assert [file for file, _ in found] == [f"SegmentationClass/{renumbered}.png"]

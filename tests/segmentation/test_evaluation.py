@@ -124,6 +124,13 @@ def test_the_scores_at_the_photos_own_size_are_torchmetrics_on_the_predicted_mas
     assert metrics["mean_class_accuracy"] == pytest.approx((total.diagonal() / total.sum(1)).nanmean().item())
     assert metrics["boundary_iou"] == pytest.approx(boundary_iou(sum(borders)).nanmean().item())
     assert metrics["photos"] == len(confusions)
+    assert metrics["classes_scored"] == present.sum()
+    everywhere = torch.zeros_like(everything[0])
+    baseline = multiclass_jaccard_index(everywhere, everything[1], classes, average="none", ignore_index=255)
+    shown = total.sum(1) > 0
+    shown[0] = True
+    assert metrics["background_everywhere"]["miou"] == pytest.approx(baseline[shown].mean().item(), abs=1e-6)
+    assert metrics["background_everywhere"]["pixel_accuracy"] == pytest.approx((total[0].sum() / total.sum()).item())
 
     table = pd.read_csv(reports / "per_class.csv")
     assert table.columns.tolist() == [
@@ -238,6 +245,34 @@ def test_a_mask_that_is_all_void_has_no_scores_and_changes_no_others(run):
     table = pd.read_csv(reports / "per_image.csv")
     assert table.loc[2, ["miou", "pixel_accuracy"]].isna().all()
     assert table.drop(index=2).notna().all(axis=None)
+
+
+def only_background(run: Run) -> None:
+    """Val masks of background and void alone, and a model that answers background."""
+    for name in run.folder.ids("val"):
+        mask = read_mask(run.folder.mask(name))
+        mask_image(np.where(mask == 255, 255, 0).astype(np.uint8)).save(run.folder.mask(name))
+    preprocess(run.folder.root, run.path / "processed", 56)
+    model, card = model_files.load(run.path / "models")
+    model.decoder.head.bias.data[0] = 1e6
+    model_files.save(model, card, run.path / "models")
+
+
+def test_a_miou_of_one_class_alone_says_so(run, capsys):
+    only_background(run)
+    metrics = json.loads((run.evaluate() / "metrics.json").read_text())
+    assert (metrics["miou"], metrics["classes_scored"]) == (1, 1)
+    assert metrics["background_everywhere"] == {"miou": 1, "pixel_accuracy": 1, "mean_class_accuracy": 1}
+    assert "evaluate: This mIoU is of one class alone" in capsys.readouterr().out
+
+
+def test_without_a_background_class_no_answer_is_background_everywhere(run):
+    run.folder.classes_file.write_text("sky\nroad\ncar\n")
+    model, card = model_files.load(run.path / "models")
+    model_files.save(model, card.model_copy(update={"classes": run.folder.classes()}), run.path / "models")
+    metrics = json.loads((run.evaluate() / "metrics.json").read_text())
+    assert "background_everywhere" not in metrics
+    assert metrics["classes_scored"] > 1
 
 
 def test_nothing_to_score_is_an_error(run):

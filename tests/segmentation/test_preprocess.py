@@ -11,6 +11,7 @@ from segmentation import preprocess as module
 from segmentation.images import read_mask, resize_mask, resize_photo
 from segmentation.mask_table import read_manifest
 from segmentation.preprocess import preprocess
+from segmentation.voc import palette
 from tests.conftest import png_declaring
 
 SIZE = 56
@@ -40,6 +41,25 @@ def test_every_pair_is_resized_whole_and_described(make_raw, tmp_path):
         assert (image.mode, image.size) == ("RGB", (SIZE, SIZE))
         assert row["image_sha256"] == hashlib.sha256(image.tobytes()).hexdigest()
         assert (row["photo_width"], row["photo_height"]) == Image.open(folder.photo(name)).size
+
+
+def test_the_manifest_tells_the_colors_of_the_masks_as_they_were_and_doubts_about_photos(make_raw, tmp_path):
+    folder = make_raw()
+    ids = np.asarray(Image.open(folder.mask("train0")))
+    Image.fromarray(ids).save(folder.mask("train1"))
+    short = Image.fromarray(np.where(ids == 255, 31, ids)).convert("P")
+    short.putpalette([0, 0, 0, 255, 0, 0] + [0, 0, 9] * 15)
+    short.save(folder.mask("train2"))
+    dark = np.asarray(Image.open(folder.photo("val1")).convert("L")).astype(np.uint16) * 16
+    Image.fromarray(dark).save(folder.photo("val1"), "PNG")
+    table = run(folder, tmp_path).set_index("id")
+    assert table.loc["train0", "original_colors"].tolist() == ["#000000", "#800000", "#e0e0c0"]  # VOC's 0, 1 and 255
+    assert table.loc["train0", "original_palette"] == hashlib.sha256(bytes(palette())).hexdigest()
+    assert table.loc["train1", ["original_colors", "original_palette"]].isna().all()
+    assert table.loc["train2", "original_labels"].tolist() == [0, 1, 31]
+    assert table.loc["train2", "original_colors"].tolist() == ["#000000", "#ff0000", ""]
+    assert "12 of its 16 bits" in table.loc["val1", "photo_doubt"]
+    assert table["photo_doubt"].notna().sum() == 1
 
 
 def test_the_manifest_has_the_lists_order_with_what_they_repeat(make_raw, tmp_path, monkeypatch):

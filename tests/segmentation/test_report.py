@@ -108,6 +108,8 @@ def write_inputs(root, settings):
             "miou_low": 0.6512,
             "miou_high": 0.8231,
             "pixel_accuracy": 0.9211,
+            "classes_scored": 2,
+            "background_everywhere": {"miou": 0.4211, "pixel_accuracy": 0.8421, "mean_class_accuracy": 0.5},
             "mean_class_accuracy": 0.8854,  # boundary IoU is undefined, and left out
             "calibration_error": 0.0391,
             "training_size": {"miou": 0.75, "pixel_accuracy": 0.9, "report_miou": 0.4, "report_miou_ceiling": 0.5},
@@ -274,6 +276,27 @@ def test_writing_twice_gives_the_same_bytes(inputs):
     assert inputs.write("two.html").read_bytes() == first
     assert (inputs.root / "evaluation/curves.png").read_bytes() == curves
     assert str(inputs.root).encode() not in first
+
+
+def test_a_miou_of_one_class_alone_says_so_and_others_do_not(inputs, tmp_path):
+    shutil.copytree(inputs.root, tmp_path / "copy")
+    copy = dataclasses.replace(inputs, root=tmp_path / "copy")
+    words = "This mIoU is of one class alone"
+    assert words not in copy.write().read_text()
+    metrics = json.loads((copy.root / "evaluation/metrics.json").read_text())
+    write_json(copy.root / "evaluation/metrics.json", metrics | {"miou": 1.0, "classes_scored": 1})
+    assert words in copy.write().read_text()
+
+
+def test_background_everywhere_is_shown_where_it_was_scored(inputs, tmp_path):
+    shutil.copytree(inputs.root, tmp_path / "copy")
+    copy = dataclasses.replace(inputs, root=tmp_path / "copy")
+    page = " ".join(copy.write().read_text().split())
+    assert "“background everywhere” has a mIoU of 0.4211 and a pixel accuracy of 0.8421 on these photos" in page
+    metrics = json.loads((copy.root / "evaluation/metrics.json").read_text())
+    del metrics["background_everywhere"]  # no class is a background
+    write_json(copy.root / "evaluation/metrics.json", metrics)
+    assert "everywhere" not in copy.write().read_text()
 
 
 def test_a_run_without_panels_of_epochs_says_so(inputs, tmp_path):
