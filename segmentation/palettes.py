@@ -65,11 +65,16 @@ def find_reference(folder: VocFolder, names: Sequence[str]) -> Reference | None:
         _refuse_twice(path, known)
         if known:
             return Reference(CVAT, known)
-    if list(names) == list(CLASSES):
+    if list(map(_plain, names)) == list(CLASSES):
         flat = palette()
         voc = {label: (flat[3 * label], flat[3 * label + 1], flat[3 * label + 2]) for label in range(256)}
         return Reference("VOC's palette", {label: voc[label] for label in (*range(len(CLASSES)), VOID)})
     return None
+
+
+def _plain(name: str) -> str:
+    """A name without what tools add to VOC's: _background_, TV/monitor, dining table."""
+    return "".join(filter(str.isalnum, name)).casefold()
 
 
 def _refuse_twice(path: Path, colors: dict[int, Color]) -> None:

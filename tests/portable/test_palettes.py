@@ -34,6 +34,12 @@ def test_a_grey_palette_says_nothing_beyond_the_labels(voc):
     assert conflicts(masks, None) == conflicts(masks, voc) == {}
 
 
+def test_vocs_names_are_known_in_other_tools_spelling(voc, tmp_path):
+    names = ["_background_", *(name.title() for name in CLASSES[1:-1]), "tv/monitor"]
+    assert find_reference(VocFolder(tmp_path), names) == voc
+    assert find_reference(VocFolder(tmp_path), [*CLASSES[:12], "hound", *CLASSES[13:]]) is None
+
+
 @pytest.mark.parametrize(
     ("colors", "words"),
     [

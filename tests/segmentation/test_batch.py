@@ -66,6 +66,17 @@ def names(source: Path) -> list[str]:
     return [photo.name for photo in find_photos(source)]
 
 
+def test_a_photo_in_16_bit_grey_has_the_mask_and_the_overlay_of_its_8_bits(predictor, tmp_path):
+    grey, out = picture().convert("L"), tmp_path / "out"
+    (tmp_path / "photos").mkdir()
+    grey.save(tmp_path / "photos/8.png")
+    Image.fromarray(np.asarray(grey).astype(np.uint16) * 257).save(tmp_path / "photos/16.png")
+    assert predict_photos(predictor, version(), tmp_path / "photos", out, True, lambda *_: None).failed == 0
+    for name in ("masks/{}.png.png", "overlays/{}.png.jpg"):
+        assert (out / name.format(16)).read_bytes() == (out / name.format(8)).read_bytes()
+    assert len(np.unique(read_mask(out / "masks/16.png.png"))) > 1
+
+
 def test_each_photo_has_its_mask_its_overlay_and_its_row(predictor, photos, tmp_path):
     out, seen = tmp_path / "out", []
     outcome = predict_photos(predictor, version("7"), photos, out, True, lambda done, total: seen.append((done, total)))

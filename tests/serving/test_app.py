@@ -5,11 +5,14 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import mlflow
 import numpy as np
+import pandas as pd
 import pytest
 import requests
 from PIL import Image
 
+from segmentation.registry import MODEL_NAME
 from segmentation.voc import CLASSES
 from serving.http import preferred
 from tests.serving.conftest import mask_png, photo
@@ -35,6 +38,20 @@ def test_a_mask_is_upright(store, server):
     answer = server.segment(body)
     assert Image.open(io.BytesIO(answer.content)).size == (64, 91)
     assert answer.content == mask_png(store.predictor("1"), body)
+
+
+def test_a_photo_in_16_bit_grey_has_the_mask_of_its_8_bits_served_and_loaded(store, server):
+    grey = Image.open(io.BytesIO(photo(91, 64, 1, "PNG"))).convert("L")
+    deep = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    bodies = [io.BytesIO(), io.BytesIO()]
+    for image, body in zip((grey, deep), bodies, strict=True):
+        image.save(body, "PNG")
+    wanted = mask_png(store.predictor("1"), bodies[0].getvalue())
+    assert len(np.unique(np.asarray(Image.open(io.BytesIO(wanted))))) > 3
+    assert server.segment(bodies[1].getvalue()).content == wanted
+    with store.here():
+        model = mlflow.pyfunc.load_model(f"models:/{MODEL_NAME}/1")
+    assert model.predict(pd.DataFrame({"image": [bodies[1].getvalue()]}))["mask"][0] == wanted
 
 
 def test_a_real_photo_has_the_mask_of_the_predictor(store, server, voc_subset):
