@@ -17,8 +17,9 @@ import numpy as np
 from segmentation.errors import PipelineError
 from segmentation.images import read_mask, read_photo
 from segmentation.parallel import thread_pool
+from segmentation.photo_ids import id_fault
 from segmentation.progress import Progress
-from segmentation.voc import VOID, is_safe_id
+from segmentation.voc import VOID
 
 if TYPE_CHECKING:  # the workers that read files import this module: keep it light
     import pandas as pd
@@ -143,8 +144,8 @@ def to_frame(rows: Sequence[MaskRow]) -> pd.DataFrame:
 
 def _read_all(processed: Path, manifest: dict[str, dict[str, Any]]) -> dict[str, Copies]:
     identifiers = list(manifest)
-    photos = [is_safe_id(name) and manifest[name]["photo_problem"] is None for name in identifiers]
-    masks = [is_safe_id(name) and manifest[name]["mask_problem"] is None for name in identifiers]
+    photos = [id_fault(name) is None and manifest[name]["photo_problem"] is None for name in identifiers]
+    masks = [id_fault(name) is None and manifest[name]["mask_problem"] is None for name in identifiers]
     if not any(photos) and not any(masks):
         return dict.fromkeys(identifiers, Copies())
     copies: dict[str, Copies] = {}
@@ -195,8 +196,8 @@ def _read_mask(path: Path) -> Written:
 
 def _facts(row: dict[str, Any], copies: Copies) -> dict[str, Any]:
     """The columns that say something of this pair alone."""
-    if not is_safe_id(row["id"]):
-        return {"unsafe_id": row["id"]}
+    if fault := id_fault(row["id"]):
+        return {"unsafe_id": row["photo_problem"] or f"id {fault}"}
     photo, mask = copies.photo or Written(), copies.mask or Written()
     photo_problem = row["photo_problem"] or photo.problem
     mask_problem = row["mask_problem"] or mask.problem
