@@ -182,19 +182,20 @@ def _copy(source: VocFolder, root: Path, limit: int | None) -> dict[str, list[Li
                 shutil.copyfile(path, copy)
             progress.advance()
     outside = [f"{path.relative_to(source.root)} is {path.resolve()}" for path in copies if _lies_outside(source, path)]
-    _note(f"links out of {source.root}, copied by content into {root}", outside)
+    _note(f"links out of {source.root}, whose content is copied", outside)
     return splits
 
 
 def _read_lists(source: VocFolder, limit: int | None) -> dict[str, list[Listed]]:
     """What the lists' lines mean, by split; files that are not to be copied are problems."""
-    finder = PairFinder(*(os.listdir(path.parent) for path in (source.photo("any"), source.mask("any"))))
+    folders = (source.photo("any").parent, source.mask("any").parent)
+    finder = PairFinder(*([path.name for path in folder.iterdir()] for folder in folders))
     return {split: [_checked(source, finder.find(line)) for line in source.ids(split)[:limit]] for split in SPLITS}
 
 
 def _files(source: VocFolder, entry: Listed) -> tuple[Path | None, Path | None]:
     photos, masks = source.photo("any").parent, source.mask("any").parent
-    return entry.photo and photos / entry.photo, entry.mask and masks / entry.mask
+    return photos / entry.photo if entry.photo else None, masks / entry.mask if entry.mask else None
 
 
 def _checked(source: VocFolder, entry: Listed) -> Listed:
@@ -239,7 +240,8 @@ def _finish(root: Path) -> str:
     ids = {split: folder.ids(split) for split in SPLITS}
     every = {identifier for listed in ids.values() for identifier in listed}
     missing = sum(
-        id_fault(name) is not None or not folder.photo(name).exists() or not folder.mask(name).exists() for name in every
+        id_fault(name) is not None or not folder.photo(name).exists() or not folder.mask(name).exists()
+        for name in every
     )
     counts = ", ".join(f"{len(listed)} {split}" for split, listed in ids.items())
     note = f" ({missing} of them without photo or mask: see validate)" if missing else ""

@@ -91,4 +91,3 @@ def _text_kind(head: bytes) -> str | None:
     if text.startswith((b"{", b"[")) and not any(byte < 9 for byte in head):
         return "a JSON file"
     return None
-

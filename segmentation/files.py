@@ -40,7 +40,7 @@ def no_file(path: Path) -> str | None:
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
-        return f"a link to {os.readlink(path)}, which does not exist" if path.is_symlink() else "not found"
+        return f"a link to {path.readlink()}, which does not exist" if path.is_symlink() else "not found"
     except OSError as error:
         if error.errno == errno.ELOOP:
             return "a link that leads back to itself"

@@ -73,7 +73,7 @@ def rules(classes: Sequence[str], size: int, max_void_share: float) -> list[Rule
             "id_is_file_name",
             "unsafe_id",
             "every listed id is a plain file name",
-            "write one id a line, the photo's name without .jpg; rename photo and mask where the name itself is at fault",
+            "write one id a line, the photo's name without .jpg; rename photo and mask where the name is at fault",
             lambda row: Offender(_list(row.split), row.unsafe_id or ""),
         ),
         Rule(

@@ -91,7 +91,11 @@ class PairFinder:
         return self._with_mask(Listed(line, identifier, photo))
 
     def _photos_of(self, line: str) -> list[str]:
-        return _match(self._photos, line, JPEG) or _match(self._photos, _without_suffix(line), JPEG)
+        if found := _match(self._photos, line, JPEG):
+            return found
+        found = _match(self._photos, stem := _without_suffix(line), JPEG)
+        named = [name for name in self._photos.get(_key(stem), ()) if unicodedata.normalize("NFC", name) == line]
+        return named if found and named and Path(line).suffix.lower() in JPEG else found
 
     def _masks_of(self, identifier: str) -> list[str]:
         """The masks that fit; one in other case belongs to the photo that it fits to the letter."""
@@ -172,11 +176,7 @@ def _by_stem(names: Iterable[str]) -> dict[str, list[str]]:
 
 def _match(names: Mapping[str, list[str]], stem: str, suffixes: Sequence[str] | None) -> list[str]:
     """The names that fit a stem best; all suffixes but these, where they are None."""
-    fitting = [
-        name
-        for name in names.get(_key(stem), ())
-        if suffixes is None or Path(name).suffix.lower() in suffixes
-    ]
+    fitting = [name for name in names.get(_key(stem), ()) if suffixes is None or Path(name).suffix.lower() in suffixes]
     same_stem = [name for name in fitting if _stem(name) == stem]
     to_the_letter = [name for name in same_stem if suffixes and Path(name).suffix == suffixes[0]]
     return to_the_letter or same_stem or fitting
