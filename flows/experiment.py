@@ -229,7 +229,9 @@ def _check_lock(revision: Revision, lock: dict[str, Any], params: dict[str, Any]
         if _value(params, key) != value
     }
     # stages share modules: each is asked for once
-    code = {(dep["path"], dep["md5"]) for stage in stages for dep in stage["deps"] if dep["path"].endswith(".py")}
+    code = {
+        (dep["path"], dep["md5"]) for stage in stages for dep in stage.get("deps", ()) if dep["path"].endswith(".py")
+    }
     for path, md5 in code:
         shown = _try_git("show", f"{revision.commit}:{path}")  # a file that the commit lacks is another one, too
         if hashlib.md5(shown.stdout, usedforsecurity=False).hexdigest() != md5:

@@ -22,6 +22,8 @@ from flows import experiment
 from flows.local import by_hand
 from segmentation import aliases
 from segmentation.errors import PipelineError
+from segmentation.names import markdown as escaped
+from segmentation.names import one_line
 from segmentation.paths import project_root
 from segmentation.progress import lines_to
 from segmentation.registry import MODEL_NAME
@@ -49,8 +51,8 @@ def promote(candidate: str = "challenger", force_reason: str | None = None) -> d
     """
     from segmentation.promotion import contest
 
-    if force_reason is not None and not force_reason.strip():
-        raise PipelineError("force_reason: is empty; say why the gate is overridden, or leave it out")
+    if force_reason is not None:
+        force_reason = checked_reason("force_reason", force_reason, "say why the gate is overridden, or leave it out")
     settings = load_settings(project_root() / "params.yaml").promote
     found = contest(candidate)
     decision = decide(found, settings, force_reason)
@@ -62,6 +64,21 @@ def promote(candidate: str = "challenger", force_reason: str | None = None) -> d
     text = f"version {version}: {'; '.join(decision['reasons'])}"
     state: Any = Completed(name=OUTCOMES[decision["verdict"]], message=text, data=decision)  # callers get the data
     return state
+
+
+def checked_reason(name: str, reason: str, remedy: str) -> str:
+    """A reason for the record, on one line.
+
+    Raises:
+        PipelineError: it is empty, or holds characters that are not seen.
+    """
+    try:
+        line = one_line(reason)
+    except ValueError as error:
+        raise PipelineError(f"{name}: {error}") from None
+    if not line:
+        raise PipelineError(f"{name}: is empty; {remedy}")
+    return line
 
 
 @task(cache_policy=NO_CACHE)
@@ -108,14 +125,14 @@ def _markdown(decision: dict[str, Any], why: str) -> str:
     lines = [
         f"# {decision['verdict']}: version {decision['candidate']['version']} against {against}",
         "",
-        *(f"- {reason}" for reason in decision["reasons"]),
+        *(f"- {escaped(reason)}" for reason in decision["reasons"]),
         "",
-        f"{decision['branch']} · {decision['at']} · {decision['by']} · `{why}`",
+        f"{decision['branch']} · {decision['at']} · {escaped(decision['by'])} · `{why}`",
     ]
     if "checks" in decision:
         lines += ["", "| check | | |", "|---|---|---|"]
         lines += [
-            f"| {check['name']} | {'passed' if check['passed'] else '**failed**'} | {check['says']} |"
+            f"| {check['name']} | {'passed' if check['passed'] else '**failed**'} | {escaped(check['says'])} |"
             for check in decision["checks"]
         ]
         lines += ["", "| | mIoU | seconds a photo |", "|---|---|---|"]
@@ -126,8 +143,8 @@ def _markdown(decision: dict[str, Any], why: str) -> str:
     if decision.get("comparison"):
         lines += ["", "| class | champion | candidate | difference | interval |", "|---|---|---|---|---|"]
         lines += [
-            f"| {found['name']} | {found['champion']:.4f} | {found['candidate']:.4f} | {found['difference']:+.4f} | "
-            f"{found['low']:+.4f} … {found['high']:+.4f} |"
+            f"| {escaped(found['name'])} | {found['champion']:.4f} | {found['candidate']:.4f} | "
+            f"{found['difference']:+.4f} | {found['low']:+.4f} … {found['high']:+.4f} |"
             for found in sorted(decision["comparison"]["classes"], key=lambda found: found["difference"])
         ]
     return "\n".join(lines)

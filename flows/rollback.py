@@ -14,9 +14,10 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.states import Completed
 
 from flows.local import by_hand
-from flows.promote import move, record
+from flows.promote import checked_reason, move, record
 from segmentation import aliases
 from segmentation.errors import PipelineError
+from segmentation.names import markdown
 from segmentation.registry import MODEL_NAME
 
 
@@ -30,8 +31,7 @@ def rollback(reason: str) -> dict[str, str]:
     Returns:
         The version that each alias is on.
     """
-    if not reason.strip():
-        raise PipelineError("reason: is empty; say why the champion is taken back")
+    reason = checked_reason("reason", reason, "say why the champion is taken back")
     held = aliases.read()
     champion, previous = held.get("champion"), held.get("previous")
     if previous is None or previous == champion:
@@ -44,7 +44,7 @@ def rollback(reason: str) -> dict[str, str]:
     create_markdown_artifact(
         key="rollback",
         description=f"version {champion} back to {previous}",
-        markdown=f"# Rollback from version {champion} to {previous}\n\n{reason}\n\n`{why}`",
+        markdown=f"# Rollback from version {champion} to {previous}\n\n{markdown(reason)}\n\n`{why}`",
     )
     moved = move(previous, champion, why)
     message = f"version {previous} is the champion again, instead of {champion}: {reason}"

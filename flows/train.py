@@ -26,7 +26,7 @@ from flows.local import by_hand
 from flows.register import register_model
 from flows.services import GPU
 from segmentation.errors import PipelineError
-from segmentation.paths import DATA_CHECKS, EVALUATION, REPORT, TRAINING, project_root
+from segmentation.paths import DATA_CHECKS, EVALUATION, REPORT, TRAINING
 from segmentation.registry import MODEL_NAME, Registered
 from segmentation.verdict import caveat
 
@@ -40,10 +40,7 @@ def train(overrides: dict[str, Any] | None = None, isolated: bool = True) -> dic
         isolated: run in a temporary copy, so that the checkout is not touched; else in the checkout itself.
     """
     overrides = dict(overrides or {})
-    settings = experiment.check_settings(overrides, "overrides")
-    if settings.fetch.source == "directory":
-        # DVC watches the folder, and looks for it from wherever the experiment runs
-        overrides["fetch.directory"] = str((project_root() / settings.fetch.directory).resolve())
+    experiment.check_settings(overrides, "overrides")
     name = experiment.new_name()
     run_id = _open_run(name)
     status = "KILLED"

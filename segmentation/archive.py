@@ -9,14 +9,17 @@ import shutil
 import tarfile
 import time
 import zlib
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
 import requests
 
 from segmentation.errors import PipelineError
+from segmentation.files import no_file
+from segmentation.photo_ids import Listed, PairFinder, write_lists
 from segmentation.progress import Progress
-from segmentation.voc import SPLITS, VocFolder, is_safe_id, parse_lines
+from segmentation.voc import SPLITS, VocFolder, parse_lines
 
 ATTEMPTS = 4  # in a row that bring no new byte
 PAUSE = 2.0  # seconds before the second attempt; longer before each one after it
@@ -65,6 +68,8 @@ def check_md5(path: Path, expected: str) -> None:
         PipelineError: it is missing or hashes to something else.
     """
     try:
+        if found := no_file(path):
+            raise PipelineError(f"{path}: {found}; set fetch.archive to the VOC archive's path")
         with path.open("rb") as stream, Progress("fetch: check md5", path.stat().st_size, "B") as progress:
             md5 = hashlib.md5(usedforsecurity=False)
             while chunk := stream.read(HASHED):
@@ -80,7 +85,7 @@ def check_md5(path: Path, expected: str) -> None:
         )
 
 
-def extract_voc(archive: Path, root: Path, limit: int | None) -> None:
+def extract_voc(archive: Path, root: Path, limit: int | None) -> dict[str, list[Listed]]:
     """Unpack the lists, the photos and masks that they name, and `classes.txt` if there is one, into VOC layout.
 
     Listed pairs that the archive lacks, or whose id is unsafe, stay in the lists for a later stage to report.
@@ -90,6 +95,9 @@ def extract_voc(archive: Path, root: Path, limit: int | None) -> None:
             one folder (`VOCdevkit/VOC2012/` in the official one).
         root: the folder to write.
         limit: at most so many pairs of each split, the first of the list; None = all.
+
+    Returns:
+        What the lists' lines mean, by split.
 
     Raises:
         PipelineError: no tar, a truncated one, one without lists, or one with a link, a device or a path that leads out
@@ -103,18 +111,11 @@ def extract_voc(archive: Path, root: Path, limit: int | None) -> None:
                     members.append(member)
                     progress.advance()
             _refuse_unsafe(archive, members)
-            _extract(archive, tar, {str(PurePosixPath(m.name)): m for m in members if m.isfile()}, root, limit)
+            return _extract(archive, tar, {str(PurePosixPath(m.name)): m for m in members if m.isfile()}, root, limit)
     except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # gzip and bz2 report damaged data without one
             raise PipelineError(f"{error.filename or root}: {error.strerror}, while unpacking {archive}") from None
         raise PipelineError(f"{archive}: no readable tar: {error}; download or copy it again") from None
-
-
-def write_list(folder: VocFolder, split: str, identifiers: list[str]) -> None:
-    """Write a split's list, one id a line."""
-    path = folder.split_file(split)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(f"{identifier}\n" for identifier in identifiers), encoding="utf-8")
 
 
 def _size(path: Path) -> int:
@@ -177,19 +178,21 @@ def _fault(member: tarfile.TarInfo) -> str | None:
 
 def _extract(
     archive: Path, tar: tarfile.TarFile, members: dict[str, tarfile.TarInfo], root: Path, limit: int | None
-) -> None:
+) -> dict[str, list[Listed]]:
     prefix = _voc_prefix(archive, members)
     folder = VocFolder(root)
-    identifiers: dict[str, None] = {}  # a set that keeps the order
-    for split in SPLITS:
-        listed = _read_list(archive, tar, members[f"{prefix}{LISTS}/{split}.txt"])[:limit]
-        write_list(folder, split, listed)
-        identifiers.update(dict.fromkeys(listed))
+    photos, masks = f"{prefix}JPEGImages/", f"{prefix}SegmentationClass/"
+    finder = PairFinder(_names_in(photos, members), _names_in(masks, members))
+    splits = {
+        split: [finder.find(line) for line in _read_list(archive, tar, members[f"{prefix}{LISTS}/{split}.txt"])[:limit]]
+        for split in SPLITS
+    }
+    write_lists(folder, splits)
 
     targets = {f"{prefix}classes.txt": folder.classes_file}
-    for identifier in filter(is_safe_id, identifiers):
-        targets[f"{prefix}JPEGImages/{identifier}.jpg"] = folder.photo(identifier)
-        targets[f"{prefix}SegmentationClass/{identifier}.png"] = folder.mask(identifier)
+    for listed in (entry for entries in splits.values() for entry in entries):
+        targets |= {f"{photos}{listed.photo}": folder.photo(listed.id)} if listed.photo else {}
+        targets |= {f"{masks}{listed.mask}": folder.mask(listed.id)} if listed.mask else {}
     found = [(members[name], target) for name, target in targets.items() if name in members]
     found.sort(key=lambda pair: pair[0].offset)  # a compressed archive is read forwards
     with Progress("fetch: unpack", len(found), "file") as progress:
@@ -200,6 +203,11 @@ def _extract(
             with stream, target.open("wb") as out:
                 shutil.copyfileobj(stream, out)
             progress.advance()
+    return splits
+
+
+def _names_in(folder: str, members: Iterable[str]) -> list[str]:
+    return [rest for name in members if name.startswith(folder) and "/" not in (rest := name.removeprefix(folder))]
 
 
 def _voc_prefix(archive: Path, members: dict[str, tarfile.TarInfo]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,11 +30,11 @@ def find_class_names(folder: VocFolder) -> ClassNames:
     Raises:
         PipelineError: the file is no UTF-8 text, or its names are refused (`segmentation.voc.check_names`).
     """
-    if folder.classes_file.exists():
+    if os.path.lexists(folder.classes_file):
         return ClassNames(folder.classes(), folder.classes_file)
-    if (path := folder.root / LABELME).exists():
+    if os.path.lexists(path := folder.root / LABELME):
         names = read_lines(path, "write one class name a line, background first")
-    elif (path := folder.root / CVAT).exists():
+    elif os.path.lexists(path := folder.root / CVAT):
         names = list(read_labelmap(path))
     else:
         return ClassNames(list(CLASSES), None)

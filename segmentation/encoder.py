@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import timm
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from timm.models import eva, vision_transformer
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from segmentation.encoder_names import check_name
+from segmentation.checkpoint_files import Measures, NotWeightsError, check_weights_file, find_vit, measure, read_weights
+from segmentation.encoder_names import buildable, check_name
 from segmentation.errors import PipelineError
 from segmentation.hub import weights_file
 from segmentation.paths import project_root
@@ -163,7 +163,10 @@ def check_encoder(settings: EncoderSettings, image_size: int, skip_connections: 
         encoder = Encoder(settings.name, image_size, settings.trainable_blocks, skip_connections)
     checkpoint = checkpoint_path(settings)
     if checkpoint is not None:
-        _check_is_file(checkpoint)
+        try:
+            check_weights_file(checkpoint)
+        except (NotWeightsError, OSError) as error:
+            raise _no_checkpoint(settings.name, checkpoint, error) from None
     elif settings.pretrained and not any(encoder.vit.pretrained_cfg.get(key) for key in ("hf_hub_id", "url", "file")):
         raise PipelineError(
             f"encoder.pretrained: timm has no weights of {settings.name}; choose another encoder.name, set "
@@ -188,8 +191,9 @@ def load_weights(encoder: Encoder, pretrained: bool, checkpoint: Path | None) ->
     Args:
         encoder: what is filled.
         pretrained: fetch timm's weights through the hub.
-        checkpoint: a file in timm's format or the official DINOv2 release's, `.safetensors` or `.pth`, read without
-            executing pickle. It takes precedence.
+        checkpoint: a file in the names of timm, of the official DINOv2 release or of Hugging Face's `Dinov2Model`,
+            bare or as a training wraps it, safetensors or saved by torch, read without executing pickle. It takes
+            precedence.
 
     Raises:
         PipelineError: the weights cannot be had, or do not fit this encoder.
@@ -217,12 +221,12 @@ def _create(name: str, image_size: int) -> ViT:
 def _load_pretrained(vit: ViT, name: str) -> None:
     config = vit.pretrained_cfg
     try:
-        overlay = {"state_dict": _read(weights_file(config))} if config.get("hf_hub_id") else {}
+        overlay = {"state_dict": read_weights(weights_file(config))} if config.get("hf_hub_id") else {}
         source = timm.create_model(
             name, pretrained=True, img_size=vit.patch_embed.img_size, dynamic_img_size=True,
             num_classes=0, global_pool="", pretrained_cfg_overlay=overlay,
         )  # fmt: skip
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise PipelineError(
             f"encoder.pretrained: the weights of {name} cannot be loaded ({str(error).splitlines()[0]}). Either\n"
             "  - connect to the Hugging Face hub (a proxy: HTTPS_PROXY; a mirror: HF_ENDPOINT),\n"
@@ -232,31 +236,67 @@ def _load_pretrained(vit: ViT, name: str) -> None:
     vit.load_state_dict(source.state_dict())
 
 
-def _check_is_file(checkpoint: Path) -> None:
-    if not checkpoint.is_file():
-        raise PipelineError(f"encoder.checkpoint: {checkpoint} not found")
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    """A weights file's tensors; pickle is not executed."""
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
 def _load_checkpoint(vit: ViT, name: str, path: Path) -> None:
-    _check_is_file(path)
     try:
-        state = _read(path)
-    except (SafetensorError, OSError, EOFError, RuntimeError, ValueError) as error:
-        raise PipelineError(f"encoder.checkpoint: {path} cannot be read: {error}") from None
-    except Exception as error:  # pickle.UnpicklingError and what corrupt pickles raise
-        raise PipelineError(
-            f"encoder.checkpoint: {path} is no plain weights file, and its pickle is not executed: {error}"
-        ) from None
-    try:
-        state = (eva if isinstance(vit, Eva) else vision_transformer).checkpoint_filter_fn(state, vit)
-        state = {key: value for key, value in state.items() if not key.startswith(("head.", "fc_norm."))}
-        vit.load_state_dict(state)
-    except (RuntimeError, KeyError, AttributeError, TypeError) as error:
-        raise PipelineError(f"encoder.checkpoint: {path} does not fit {name}: {error}") from None
+        state = find_vit(read_weights(path))
+    except (NotWeightsError, OSError) as error:
+        raise _no_checkpoint(name, path, error) from None
+    found, wanted = measure(state), _measures(vit)
+    unlike = str(found) if found else f"{len(state)} entries, {', '.join(sorted(map(str, state))[:3])}, …"
+    # timm knows some families that name their tensors otherwise; and would resample another patch without a word
+    if found in (None, wanted):
+        try:
+            fitted = (eva if isinstance(vit, Eva) else vision_transformer).checkpoint_filter_fn(state, vit)
+            fitted = {key: value for key, value in fitted.items() if not key.startswith(("head.", "fc_norm."))}
+            differences = _differences(fitted, vit)
+            if not differences:
+                vit.load_state_dict(fitted)
+                return
+            unlike += f", {differences}" * (found is not None)
+        except (RuntimeError, KeyError, AttributeError, TypeError, ValueError, IndexError) as error:
+            unlike += f" ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+    raise PipelineError(
+        f"encoder.checkpoint: {path} does not fit {name}: it holds {unlike}\n"
+        f"  expected: {wanted}, as {name} has them{_other_name(name, found)}"
+    )
+
+
+def _no_checkpoint(name: str, path: Path, error: Exception) -> PipelineError:
+    found = error.strerror if isinstance(error, OSError) else f"{error}"
+    return PipelineError(
+        f"encoder.checkpoint: {path}: {found}\n"
+        f"  expected: the tensors of {name} alone, .safetensors or .pth, in the names of timm, of the official DINOv2 "
+        "release or of Hugging Face's Dinov2Model"
+    )
+
+
+def _measures(vit: ViT) -> Measures:
+    registers = vit.num_prefix_tokens - (vit.cls_token is not None)
+    return Measures(vit.embed_dim, len(vit.blocks), vit.patch_embed.patch_size[0], registers)
+
+
+def _differences(state: Mapping[str, Any], vit: ViT) -> str:
+    """How tensors differ from the model's, in words; empty where they fit."""
+    wanted = vit.state_dict()
+    lacking = [key for key in wanted if key not in state]
+    besides = [key for key in state if key not in wanted]
+    shaped = [key for key in wanted if key in state and wanted[key].shape != getattr(state[key], "shape", None)]
+    cases = (("without", lacking), ("with", besides), ("of another shape in", shaped))
+    return ", ".join(
+        f"{word} {keys[0]}" + f" and {len(keys) - 1} more" * (len(keys) > 1) for word, keys in cases if keys
+    )
+
+
+def _other_name(name: str, found: Measures | None) -> str:
+    """The encoder of the same family that tensors of these measures fit, as advice."""
+    sizes = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1536: "giant"}
+    if found is None or found.width not in sizes:
+        return ""
+    registers = f"_reg{found.registers}" * bool(found.registers)
+    start = f"vit_{sizes[found.width]}_patch{found.patch}{registers}"
+    other = re.sub(r"^vit_[a-z0-9]+_patch\d+(_reg\d)?", start, name.partition(".")[0])
+    if other == name or other not in buildable():
+        return ""
+    with torch.device("meta"):
+        fits = _measures(_create(other, found.patch)) == found
+    return f"; encoder.name: {other} has these" * fits

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +29,25 @@ def write_json(path: Path, value: Any) -> None:
     """Write `value` as readable JSON, atomically and with a stable key order as given."""
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def no_file(path: Path) -> str | None:
+    """What a path is instead of a file, None where it is one, or a link to one: reading a pipe would wait for ever.
+
+    Raises:
+        OSError: its folder cannot be searched.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return f"a link to {path.readlink()}, which does not exist" if path.is_symlink() else "not found"
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return "a link that leads back to itself"
+        raise
+    kinds = {stat.S_IFREG: None, stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+    found = kinds.get(stat.S_IFMT(mode), "a device")
+    return found and f"{found}, not a file"
 
 
 def sha256_file(path: Path) -> str:

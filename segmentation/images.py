@@ -9,9 +9,11 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from segmentation.errors import PipelineError
+from segmentation.file_kinds import HEAD, file_kind, kind_of
+from segmentation.files import no_file
 from segmentation.voc import palette
 
 MAX_BYTES = 64 * 2**20
@@ -121,6 +123,8 @@ def mask_image(mask: Pixels) -> Image.Image:
 def _open(source: Path | bytes, formats: tuple[str, ...]) -> tuple[Image.Image, str]:
     """The decoded picture, and Pillow's name of how its pixels are stored."""
     size = len(source) if isinstance(source, bytes) else source.stat().st_size
+    if isinstance(source, Path) and (found := no_file(source)):
+        raise PipelineError(f"{_name(source)}: {found}")
     if size > MAX_BYTES:
         raise PipelineError(f"{_name(source)}: {size:,} bytes; at most {MAX_BYTES:,} are read")
     assert not ImageFile.LOAD_TRUNCATED_IMAGES
@@ -139,6 +143,9 @@ def _open(source: Path | bytes, formats: tuple[str, ...]) -> tuple[Image.Image, 
         raise
     except Image.DecompressionBombError as error:
         raise PipelineError(f"{_name(source)}: declares too many pixels: {error}") from None
+    except UnidentifiedImageError:
+        why = _unlike(source, formats)
+        raise PipelineError(f"{_name(source)}: no readable {' or '.join(formats)}: {why}") from None
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more
         raise PipelineError(f"{_name(source)}: no readable {' or '.join(formats)}: {error}") from None
     return image, str(stored)
@@ -165,6 +172,16 @@ def _doubt(image: Image.Image, stored: str) -> str | None:
 def _with_exif(image: Image.Image, original: Image.Image) -> Image.Image:
     image.info["exif"] = original.info.get("exif", b"")
     return image
+
+
+def _unlike(source: Path | bytes, formats: tuple[str, ...]) -> str:
+    """What a source is that Pillow cannot open as one of the formats."""
+    kind = kind_of(source[:HEAD]) if isinstance(source, bytes) else file_kind(source)
+    if kind is None:
+        return "its first bytes are those of no known format"
+    if kind in [f"a {name}" for name in formats]:
+        return f"it begins as {kind}, but is damaged"
+    return f"it is {kind}" + f"; save it as {formats[0]}" * ("picture" in kind or kind in ("a JPEG", "a PNG"))
 
 
 def _name(source: Path | bytes) -> str:

@@ -89,8 +89,8 @@ def rules(classes: Sequence[str], size: int, max_void_share: float) -> list[Rule
             "id_is_file_name",
             "unsafe_id",
             "every listed id is a plain file name",
-            "rename photo, mask and list entry: letters, digits, underscore, hyphen, dot and space, at most 200",
-            lambda row: Offender(_list(row.split), f"id {row.id!r}"),
+            "write one id a line, the photo's name without .jpg; rename photo and mask where the name is at fault",
+            lambda row: Offender(_list(row.split), row.unsafe_id or ""),
         ),
         Rule(
             "id_in_one_split",

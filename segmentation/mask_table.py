@@ -18,8 +18,9 @@ from segmentation.errors import PipelineError
 from segmentation.images import read_mask, read_photo
 from segmentation.palettes import Painted, Reference, conflicts
 from segmentation.parallel import thread_pool
+from segmentation.photo_ids import id_fault
 from segmentation.progress import Progress
-from segmentation.voc import VOID, is_safe_id
+from segmentation.voc import VOID
 
 if TYPE_CHECKING:  # the workers that read files import this module: keep it light
     import pandas as pd
@@ -167,8 +168,8 @@ def to_frame(rows: Sequence[MaskRow]) -> pd.DataFrame:
 
 def _read_all(processed: Path, manifest: dict[str, dict[str, Any]]) -> dict[str, Copies]:
     identifiers = list(manifest)
-    photos = [is_safe_id(name) and manifest[name]["photo_problem"] is None for name in identifiers]
-    masks = [is_safe_id(name) and manifest[name]["mask_problem"] is None for name in identifiers]
+    photos = [id_fault(name) is None and manifest[name]["photo_problem"] is None for name in identifiers]
+    masks = [id_fault(name) is None and manifest[name]["mask_problem"] is None for name in identifiers]
     if not any(photos) and not any(masks):
         return dict.fromkeys(identifiers, Copies())
     copies: dict[str, Copies] = {}
@@ -219,8 +220,8 @@ def _read_mask(path: Path) -> Written:
 
 def _facts(row: dict[str, Any], copies: Copies) -> dict[str, Any]:
     """The columns that say something of this pair alone."""
-    if not is_safe_id(row["id"]):
-        return {"unsafe_id": row["id"]}
+    if fault := id_fault(row["id"]):
+        return {"unsafe_id": row["photo_problem"] or f"id {fault}"}
     photo, mask = copies.photo or Written(), copies.mask or Written()
     photo_problem = row["photo_problem"] or photo.problem
     mask_problem = row["mask_problem"] or mask.problem
@@ -258,7 +259,7 @@ def _facts(row: dict[str, Any], copies: Copies) -> dict[str, Any]:
 
 def _painted(row: dict[str, Any]) -> Painted | None:
     """What the palette of a pair's original mask says; None where it has none."""
-    if row["original_colors"] is None or not is_safe_id(row["id"]):
+    if row["original_colors"] is None or id_fault(row["id"]) is not None:
         return None
     colors = {
         int(label): (int(text[1:3], 16), int(text[3:5], 16), int(text[5:7], 16)) if text else None

@@ -6,6 +6,7 @@ mask as before, and a cat is a dog. Only the palette tells.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,7 +52,7 @@ def find_reference(folder: VocFolder, names: Sequence[str]) -> Reference | None:
     Raises:
         PipelineError: one of the files is malformed.
     """
-    if (path := folder.root / PALETTE).exists():
+    if os.path.lexists(path := folder.root / PALETTE):
         lines = read_lines(path, REMEDY)
         if not len(names) <= len(lines) <= len(names) + 1:
             raise PipelineError(f"{path}: {len(lines)} colors for {len(names)} classes; {REMEDY}")
@@ -59,7 +60,7 @@ def find_reference(folder: VocFolder, names: Sequence[str]) -> Reference | None:
         given = dict(zip([*range(len(names)), VOID], colors, strict=False))
         _refuse_twice(path, given)
         return Reference(PALETTE, given, binding=True)
-    if (path := folder.root / CVAT).exists():
+    if os.path.lexists(path := folder.root / CVAT):
         labels = read_labelmap(path)
         known = {label: color for label, name in enumerate(names) if (color := labels.get(name)) is not None}
         _refuse_twice(path, known)

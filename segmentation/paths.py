@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+SOURCE = Path("data/source.json")
 RAW = Path("data/raw")
 PROCESSED = Path("data/processed")
 MANIFEST = PROCESSED / "manifest.parquet"

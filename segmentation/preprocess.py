@@ -21,8 +21,9 @@ from segmentation.errors import PipelineError
 from segmentation.files import atomic_path
 from segmentation.images import Pixels, decode_mask, decode_photo, mask_image, resize_mask, resize_photo
 from segmentation.parallel import thread_pool
+from segmentation.photo_ids import Problems, id_fault, read_problems
 from segmentation.progress import Progress
-from segmentation.voc import SPLITS, VOID, VocFolder, is_safe_id
+from segmentation.voc import SPLITS, VOID, VocFolder
 
 ROWS = 256  # of the manifest, held in memory at once
 
@@ -116,20 +117,23 @@ def preprocess(raw: Path, processed: Path, size: int) -> None:
 
 def _process_all(raw: Path, processed: Path, size: int, classes: int, identifiers: list[str]) -> Iterator[Pair]:
     """Process pairs on all cores, a bounded number in flight; yields them in their order."""
+    problems = read_problems(VocFolder(raw))
     with thread_pool(len(identifiers)) as (pool, workers):
         running: deque[Future[Pair]] = deque()
         for identifier in identifiers:
-            running.append(pool.submit(_process, raw, processed, size, classes, identifier))
+            running.append(pool.submit(_process, raw, processed, size, classes, identifier, problems))
             if len(running) == 4 * workers:
                 yield running.popleft().result()
         while running:
             yield running.popleft().result()
 
 
-def _process(raw: Path, processed: Path, size: int, classes: int, identifier: str) -> Pair:
-    pair = Pair()
-    if not is_safe_id(identifier):
-        pair.photo_problem = pair.mask_problem = f"id {identifier!r} is no plain file name"
+def _process(
+    raw: Path, processed: Path, size: int, classes: int, identifier: str, problems: tuple[Problems, Problems]
+) -> Pair:
+    pair, known = Pair(), [found.get(identifier) for found in problems]
+    if fault := id_fault(identifier):
+        pair.photo_problem = pair.mask_problem = known[0] or f"id {fault}"
         return pair
     folder = VocFolder(raw)
     try:
@@ -141,7 +145,7 @@ def _process(raw: Path, processed: Path, size: int, classes: int, identifier: st
         with atomic_path(processed / "images" / f"{identifier}.png") as temporary:
             photo.save(temporary, compress_level=1)
     except FileNotFoundError:
-        pair.photo_problem = f"JPEGImages/{identifier}.jpg is missing"
+        pair.photo_problem = known[0] or f"JPEGImages/{identifier}.jpg is missing"
     except PipelineError as error:
         pair.photo_problem = str(error)
     try:
@@ -159,7 +163,7 @@ def _process(raw: Path, processed: Path, size: int, classes: int, identifier: st
         with atomic_path(processed / "masks" / f"{identifier}.png") as temporary:
             mask_image(mask).save(temporary)
     except FileNotFoundError:
-        pair.mask_problem = f"SegmentationClass/{identifier}.png is missing"
+        pair.mask_problem = known[1] or f"SegmentationClass/{identifier}.png is missing"
     except PipelineError as error:
         pair.mask_problem = str(error)
     return pair

@@ -72,7 +72,7 @@ def write_report(
 
     Args:
         path: the HTML file.
-        training: `history.csv`, and `panels/epoch_01/<id>.png` of the epochs that were kept.
+        training: `history.csv`, and `panels/epoch_01/<number in val>.png` of the epochs that were kept.
         evaluation: what `evaluate` wrote.
         data_checks: `data_checks.json`.
         models: `segmenter.json`.
@@ -173,15 +173,15 @@ def _training_panels(
         Rows of id, photo, truth, and one prediction an epoch (None where there is none); the epochs; the labels that
         appear.
     """
-    masks = {(int(path.parent.name.removeprefix("epoch_")), path.stem): path for path in panels.glob("epoch_*/*.png")}
-    epochs, drawn = sorted({epoch for epoch, _ in masks}), {identifier for _, identifier in masks}
+    masks = {
+        (int(path.parent.name.removeprefix("epoch_")), int(path.stem)): path for path in panels.glob("epoch_*/*.png")
+    }
+    epochs, drawn = sorted({epoch for epoch, _ in masks}), {number for _, number in masks}
     rows, labels = [], set[int]()
-    for identifier in ids:
-        if identifier not in drawn:
+    for number, identifier in enumerate(ids, 1):
+        if number not in drawn:
             continue
-        predictions = [
-            read_mask(masks[epoch, identifier]) if (epoch, identifier) in masks else None for epoch in epochs
-        ]
+        predictions = [read_mask(masks[epoch, number]) if (epoch, number) in masks else None for epoch in epochs]
         size = next(len(mask) for mask in predictions if mask is not None)
         truth = resize_mask(read_mask(_found(folder.mask(identifier))), size)
         photo, encoded = resize_photo(read_photo(_found(folder.photo(identifier)))[0], size, size), io.BytesIO()

@@ -30,8 +30,18 @@ class FetchSettings(Section):
     archive: str | None
     url: str
     md5: str = Field(pattern="^[0-9a-f]{32}$")
-    directory: str
+    directory: Any = None  # looked at only where it is used
     limit: int | None = Field(ge=1)
+
+    @model_validator(mode="after")
+    def _directory_is_a_path(self) -> FetchSettings:
+        if self.source == "directory" and not (isinstance(self.directory, str) and self.directory.strip()):
+            found = f"{self.directory!r} is no path" if self.directory is not None else "is not set"
+            hint = f"; put it in quotes: '{self.directory}'" if type(self.directory) in (int, float) else ""
+            raise ValueError(
+                f"directory: {found}{hint}; source: directory needs the folder with your photos (docs/own-data.md)"
+            )
+        return self
 
 
 class PreprocessSettings(Section):

@@ -41,7 +41,8 @@ from segmentation.tracking import LiveCurves
 
 # The modules that decide the weights: a checkpoint of other code is not gone on from. dvc.yaml names the same.
 CODE = (
-    "data", "decoder", "encoder", "features", "images", "losses", "metrics", "model", "optimisation", "training", "voc",
+    "checkpoint_files", "data", "decoder", "encoder", "features", "images", "losses", "metrics", "model", "optimisation",
+    "training", "voc",
 )  # fmt: skip
 PACKAGES = ("lightning", "pillow", "segmentation-models-pytorch", "timm", "torch", "torchvision")
 PANEL_PHOTOS = 4
@@ -54,7 +55,8 @@ def train(
 ) -> None:
     """Train on split `train`, validate on `val` every epoch, write the kept weights and the history.
 
-    Chosen epochs' masks of the first val photos are kept as well, as `panels/epoch_01/<id>.png`, to be looked at.
+    Chosen epochs' masks of the first val photos are kept as well, as `panels/epoch_01/<number>.png`, to be looked at;
+    the number is the photo's in the list, from 1.
     A checkpoint an epoch lies in `scratch/checkpoints/<key>`, keyed by everything that the result depends on; the next
     run with the same key goes on from there.
 
@@ -325,7 +327,10 @@ def _memory_remedy() -> Iterator[None]:
 
 
 class EpochPanels(Callback):
-    """Keeps the masks of the first val photos after chosen epochs, `[S, S]` palette PNGs `epoch_01/<id>.png`."""
+    """Keeps the masks of the first val photos after chosen epochs, `[S, S]` palette PNGs `epoch_01/<number>.png`.
+
+    Not by id: MLflow takes no artifact whose name has a `#` or a `%`, and a `?` ends it.
+    """
 
     def __init__(self, folder: Path, epochs: Sequence[int]) -> None:
         self.folder, self.epochs = folder, set(epochs)
@@ -340,10 +345,10 @@ class EpochPanels(Callback):
         epoch = trainer.current_epoch + 1
         if epoch not in self.epochs:
             return
-        for prediction, identifier in zip(outputs, batch[2], strict=True):
+        for prediction in outputs:
             if self.kept < PANEL_PHOTOS:
                 self.kept += 1
-                with atomic_path(self.folder / f"epoch_{epoch:02d}" / f"{identifier}.png") as temporary:
+                with atomic_path(self.folder / f"epoch_{epoch:02d}" / f"{self.kept}.png") as temporary:
                     mask_image(prediction.cpu().numpy().astype(np.uint8)).save(temporary)
 
 

@@ -1,4 +1,4 @@
-"""Pascal VOC's folder layout, class names and colours, and the rules for ids.
+"""Pascal VOC's folder layout, class names and colours.
 
 <root>/JPEGImages/<id>.jpg               photos
 <root>/SegmentationClass/<id>.png        palette or grey PNG of class ids, 255 = void
@@ -8,12 +8,15 @@
 
 from __future__ import annotations
 
-import re
+import os
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from segmentation.errors import PipelineError
+from segmentation.files import no_file
+from segmentation.names import name_fault
 
 VOID = 255
 IGNORE = "__ignore__"
@@ -22,13 +25,6 @@ CLASSES = (
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
     "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )  # fmt: skip
-
-_SAFE_ID = re.compile(r"[\w][\w.\- ]{0,199}")
-
-
-def is_safe_id(identifier: str) -> bool:
-    """Whether an id is a plain file name: it can never lead out of its folder."""
-    return _SAFE_ID.fullmatch(identifier) is not None
 
 
 def palette() -> list[int]:
@@ -62,8 +58,13 @@ class VocFolder:
     def classes_file(self) -> Path:
         return self.root / "classes.txt"
 
+    @property
+    def problems_file(self) -> Path:
+        """Of `data/raw` alone: why listed photos and masks are not in it (`segmentation.photo_ids`)."""
+        return self.root / "problems.json"
+
     def ids(self, split: str) -> list[str]:
-        """The ids of a split in list order, as they are written: check them with `is_safe_id` before use as a path.
+        """The ids of a split in list order, as they are written: ask `photo_ids.id_fault` before use as a path.
 
         Raises:
             PipelineError: the list is missing or no UTF-8 text.
@@ -78,7 +79,7 @@ class VocFolder:
             PipelineError: see `check_names`.
         """
         path = self.classes_file
-        if not path.exists():
+        if not os.path.lexists(path):
             return list(CLASSES)
         names = read_lines(path, "write one class name a line, background first")
         check_names(path, names)
@@ -89,12 +90,15 @@ def check_names(path: Path, names: Sequence[str]) -> None:
     """Refuse class names, by id, that cannot be what the masks mean.
 
     Raises:
-        PipelineError: fewer than 2 or more than 255 names, one twice, one that is no class, or background not first.
+        PipelineError: fewer than 2 or more than 255 names, one twice, one that is no plain text or no class, or
+                background not first.
     """
     if not 2 <= len(names) <= VOID:
         raise PipelineError(f"{path}: {len(names)} classes; it must name 2 to {VOID}, background first")
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise PipelineError(f"{path}: named more than once: {', '.join(twice)}")
+    if faults := [fault for name in names if (fault := name_fault(name))]:
+        raise PipelineError(f"{path}: class {'; class '.join(faults)}; write it as plain text")
     if IGNORE in names:
         raise PipelineError(
             f"{path}: {IGNORE} is no class: it is how labelme's labels.txt writes void, which is {VOID} in a mask. "
@@ -113,23 +117,25 @@ def is_background(name: str) -> bool:
 
 
 def parse_lines(text: bytes) -> list[str]:
-    """The lines of UTF-8 text that are not blank, stripped, without a byte-order mark.
+    """The lines of UTF-8 text that are not blank, stripped, composed (NFC), without a byte-order mark.
 
     Raises:
         UnicodeDecodeError: it is something else.
     """
-    return [line.strip() for line in text.decode("utf-8-sig").splitlines() if line.strip()]
+    # not `splitlines`: it takes control characters for ends of lines, and would make two names of one
+    lines = text.decode("utf-8-sig").replace("\r", "\n").split("\n")
+    return [unicodedata.normalize("NFC", line.strip()) for line in lines if line.strip()]
 
 
 def read_lines(path: Path, remedy: str) -> list[str]:
     """`parse_lines` of a file.
 
     Raises:
-        PipelineError: it is missing or no UTF-8 text; the message ends with the remedy.
+        PipelineError: it is missing, no file or no UTF-8 text; the message ends with the remedy.
     """
+    if found := no_file(path):
+        raise PipelineError(f"{path}: {found}; {remedy}")
     try:
         return parse_lines(path.read_bytes())
-    except FileNotFoundError:
-        raise PipelineError(f"{path}: not found; {remedy}") from None
     except UnicodeDecodeError:
         raise PipelineError(f"{path}: no UTF-8 text; {remedy}") from None

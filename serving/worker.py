@@ -15,6 +15,7 @@ from PIL import Image
 from starlette.requests import ClientDisconnect
 
 from segmentation.errors import PipelineError
+from segmentation.file_kinds import HEAD, kind_of
 from segmentation.images import Pixels, read_photo
 from segmentation.predictor import Predictor, mask_at, mask_png
 from serving import limits
@@ -133,7 +134,8 @@ def decode(body: bytes) -> Image.Image:
     """
     kind = next((kind for signature, kind in SIGNATURES.items() if body.startswith(signature)), None)
     if kind is None:
-        raise Refused(415, "this is neither a JPEG nor a PNG photo" if body else "this is empty")
+        found = kind_of(body[:HEAD])
+        raise Refused(415, f"this is {f'{found}, ' if found else ''}neither a JPEG nor a PNG photo")
     damaged = f"this {kind} cannot be decoded: it is truncated or damaged"
     try:
         with Image.open(io.BytesIO(body), formats=(kind,)) as header:

@@ -115,22 +115,24 @@ def test_force_promotes_on_record_and_rollback_returns(two_versions, monkeypatch
         return move(version, expected, why)
 
     monkeypatch.setattr(registry_aliases, "move", watched)
-    state = promote("1", "to see it fail", return_state=True)
+    state = promote("1", "to see\n\n# it | fail", return_state=True)
     assert (state.name, state.type.value) == ("Promoted", "COMPLETED")
     assert aliases() == {"challenger": "2", "champion": "1", "previous": "2"}
     decision = records("1", "decision")[-1]
-    assert (decision["verdict"], decision["force_reason"]) == ("promote", "to see it fail")
+    assert (decision["verdict"], decision["force_reason"]) == ("promote", "to see # it | fail")
     assert decision["aliases"]["champion"] == seen["aliases"]["champion"] == "2"  # written and shown before it moved
     assert seen["record"] == decision
-    assert "# promote: version 1 against champion version 2\n\n- forced: to see it fail\n- gain: " in seen["shown"]
+    # what a person wrote cannot change the page
+    title = "# promote: version 1 against champion version 2"
+    assert seen["shown"].startswith(f"{title}\n\n- forced: to see \\# it \\| fail\n- gain: ")
 
-    state = rollback("it failed", return_state=True)
+    state = rollback("it\r\n<b>failed", return_state=True)
     assert state.name == "Rolled back"
     assert aliases() == {"challenger": "2", "champion": "2", "previous": "1"}
     (record,) = records("1", "rollback")
-    assert (record["reason"], record["from"], record["to"]) == ("it failed", "1", "2")
+    assert (record["reason"], record["from"], record["to"]) == ("it <b>failed", "1", "2")
     assert record["aliases"] == {"challenger": "2", "champion": "1", "previous": "2"}
-    assert "it failed" in artifact("rollback")
+    assert "\n\nit \\<b\\>failed\n\n" in artifact("rollback")
 
 
 def test_the_champion_stays_as_it_is(two_versions):
@@ -144,6 +146,8 @@ def test_an_override_without_a_reason_or_anywhere_to_go_is_refused(two_versions)
         promote(force_reason="  ")
     with pytest.raises(PipelineError, match="reason: is empty"):
         rollback("")
+    with pytest.raises(PipelineError, match=r"reason: holds the control character U\+001B; write it without"):
+        rollback("\x1b[2J")
     client = connect()
     client.set_registered_model_alias(MODEL_NAME, "previous", "2")
     with pytest.raises(PipelineError, match="is the champion itself, so there is nothing to return to"):

@@ -226,7 +226,7 @@ def test_a_wrong_md5_is_named_with_the_right_one(tmp_path: Path) -> None:
 
 
 def test_a_missing_archive_is_named(tmp_path: Path) -> None:
-    with pytest.raises(PipelineError, match=r"voc\.tar: No such file"):
+    with pytest.raises(PipelineError, match=r"voc\.tar: not found; set fetch\.archive"):
         check_md5(tmp_path / "voc.tar", "0" * 32)
 
 

@@ -1,4 +1,5 @@
 import io
+import os
 
 import numpy as np
 import pytest
@@ -6,7 +7,7 @@ from PIL import Image
 
 from segmentation.errors import PipelineError
 from segmentation.images import decode_mask, decode_photo, mask_image, read_mask, read_photo, resize_mask
-from segmentation.voc import VOID, VocFolder, is_safe_id, palette
+from segmentation.voc import VOID, VocFolder, palette
 from tests.conftest import png_declaring
 
 
@@ -158,11 +159,51 @@ def test_the_palette_is_that_of_real_voc_masks(voc_subset):
     assert palette()[: len(real)] == real
 
 
-@pytest.mark.parametrize("bad", ["../x", "a/b", "", ".", "..", ".hidden", "a\\b", "a\0b", "x" * 201])
-def test_an_id_that_could_leave_its_folder_is_unsafe(bad):
-    assert not is_safe_id(bad)
+HEADS = {
+    "a WebP picture": encoded(noise(), "WEBP"),
+    "a BMP picture": encoded(noise(), "BMP"),
+    "a TIFF picture": encoded(noise(), "TIFF"),
+    "a GIF picture": encoded(noise(), "GIF"),
+    "a JPEG 2000 picture": encoded(noise(), "JPEG2000"),
+    "an AVIF picture": encoded(noise(), "AVIF"),
+    "a HEIC picture": b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic",
+    "a camera raw picture": b"\0\0\0\x18ftypcrx \0\0\0\1crx isom",
+    "a video": b"\0\0\0\x18ftypisom\0\0\2\0isommp41",
+    "a Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
+    "an HTML page": b"\n<!DOCTYPE html><html><title>404",
+    "an SVG drawing": b"<?xml version='1.0'?><svg xmlns='http://www.w3.org/2000/svg'/>",
+    "a PDF file": b"%PDF-1.7\n",
+    "an empty file": b"",
+    "a file of zeros": bytes(600),
+}
 
 
-@pytest.mark.parametrize("good", ["2007_000033", "IMG 0012", "straße-3.crop"])
-def test_plain_file_names_are_safe(good):
-    assert is_safe_id(good)
+@pytest.mark.parametrize(("kind", "content"), HEADS.items())
+def test_a_file_that_is_named_as_a_photo_is_called_what_it_is(kind, content, tmp_path):
+    path = tmp_path / "x.jpg"
+    path.write_bytes(content)
+    for source, name in ((path, f"{tmp_path.name}/x.jpg"), (content, "photo")):
+        with pytest.raises(PipelineError) as refusal:
+            read_photo(source)
+        assert str(refusal.value).startswith(f"{name}: no readable JPEG or PNG: it is {kind}")
+        assert ("; save it as JPEG" in str(refusal.value)) == kind.endswith("picture")
+
+
+def test_what_no_format_begins_like_is_said_without_an_address_in_memory():
+    for unknown in (b"BM is how this text begins", b"hello"):
+        with pytest.raises(
+            PipelineError, match="photo: no readable JPEG or PNG: its first bytes are those of no known"
+        ):
+            read_photo(unknown)
+    with pytest.raises(PipelineError, match="it begins as a JPEG, but is damaged"):
+        read_photo(encoded(noise(), "JPEG")[:20])
+    with pytest.raises(PipelineError, match="no readable PNG: it is a JPEG; save it as PNG"):
+        read_mask(encoded(noise(), "JPEG"))
+
+
+def test_a_pipe_named_as_a_photo_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "x.jpg")
+    (tmp_path / "y.jpg").mkdir()
+    for name, kind in (("x", "a pipe"), ("y", "a folder")):
+        with pytest.raises(PipelineError, match=f"{name}.jpg: {kind}, not a file"):
+            read_photo(tmp_path / f"{name}.jpg")

@@ -1,3 +1,5 @@
+import os
+
 import pytest
 
 from segmentation.errors import PipelineError
@@ -47,3 +49,46 @@ def test_a_set_needs_no_background(tmp_path) -> None:
     folder = VocFolder(tmp_path)
     folder.classes_file.write_text("sky\nroad\n")
     assert folder.classes() == ["sky", "road"]
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("=cmd|' /C calc'!A0", "begins like a formula"),
+        ("@SUM(1+1)*cmd|' /C calc'!A0", "begins like a formula"),
+        ("cat\x1b[2J", r"the control character U\+001B"),
+        (
+            "cat\x85dog",
+            r"the control character U\+0085",
+        ),  # a line's end to `str.splitlines`, which made two classes of it
+        ("cat\u2028dog", "line separator"),
+        ("\u202egod", "right-to-left override"),
+        ("c\u200bat", "zero width space"),
+    ],
+)
+def test_a_class_name_that_would_run_or_deceive_in_a_table_is_refused(tmp_path, name, why):
+    folder = VocFolder(tmp_path)
+    folder.classes_file.write_text(f"ground\n{name}\n", encoding="utf-8")
+    with pytest.raises(PipelineError, match=f"classes.txt: class .*{why}"):
+        folder.classes()
+
+
+def test_class_names_of_all_scripts_are_taken_and_compared_composed(tmp_path):
+    folder = VocFolder(tmp_path)
+    names = ["ground", "बिल्ली", "می\u200cخواهم", "+ other", "-", "a=b", "cat & dog (small) <b>", "🏴"]
+    folder.classes_file.write_text("\n".join(names), encoding="utf-8")
+    assert folder.classes() == names
+    folder.classes_file.write_text("ground\ncafé\ncafe\u0301\n", encoding="utf-8")
+    with pytest.raises(PipelineError, match="named more than once: café"):
+        folder.classes()
+
+
+def test_a_list_or_names_that_are_no_file_are_refused_and_not_waited_for(tmp_path):
+    folder = VocFolder(tmp_path)
+    os.mkfifo(folder.classes_file)
+    with pytest.raises(PipelineError, match=r"classes\.txt: a pipe, not a file"):
+        folder.classes()
+    folder.classes_file.unlink()
+    folder.classes_file.symlink_to(tmp_path / "gone.txt")
+    with pytest.raises(PipelineError, match=r"classes\.txt: a link to .*gone.txt, which does not exist"):
+        folder.classes()  # and not VOC's names

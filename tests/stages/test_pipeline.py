@@ -47,7 +47,7 @@ def reproduced(new_checkout) -> Path:
     set_params(checkout, TINY | {"train.keep": "last"})  # a better last epoch is not certain, another one is
     done = dvc(checkout, "repro")
     assert done.returncode == 0, done.stdout
-    assert ran(done.stdout) == ["fetch", "preprocess", "validate", "encode", "train", "evaluate"]
+    assert ran(done.stdout) == ["source", "fetch", "preprocess", "validate", "encode", "train", "evaluate"]
     return checkout
 
 
@@ -63,19 +63,18 @@ def test_every_declared_output_is_written(reproduced):
 
 def test_a_second_repro_does_nothing(reproduced):
     again = dvc(reproduced, "repro")
-    assert ran(again.stdout) == []
-    assert "Data and pipelines are up to date." in again.stdout
+    assert ran(again.stdout) == ["source"]  # it looks whether there are other photos
 
 
 def test_a_readme_edit_reruns_nothing(reproduced):
     (reproduced / "README.md").write_text("edited")
-    assert "Data and pipelines are up to date." in dvc(reproduced, "status").stdout
+    assert dvc(reproduced, "status").stdout.split() == ["source:", "always", "changed"]
 
 
 @pytest.mark.slow
 def test_more_epochs_rerun_train_and_evaluate_alone(reproduced):
     set_params(reproduced, {"train.epochs": 3})
-    assert ran(dvc(reproduced, "repro").stdout) == ["train", "evaluate"]
+    assert ran(dvc(reproduced, "repro").stdout) == ["source", "train", "evaluate"]
     history = (reproduced / "reports/training/history.csv").read_text().splitlines()
     assert len(history) == 4
 
@@ -90,10 +89,10 @@ def test_changed_photos_of_ones_own_are_fetched_anew(new_checkout, tmp_path):
     checkout, folder = new_checkout(), VocFolder(tmp_path / "own")
     draw_sample(folder.root, 2)
     set_params(checkout, TINY | {"fetch.source": "directory", "fetch.directory": str(folder.root)})
-    assert ran(dvc(checkout, "repro", "fetch").stdout) == ["fetch"]
-    assert ran(dvc(checkout, "repro", "fetch").stdout) == []
+    assert ran(dvc(checkout, "repro", "fetch").stdout) == ["source", "fetch"]
+    assert ran(dvc(checkout, "repro", "fetch").stdout) == ["source"]
     folder.mask("val_001").write_bytes(folder.mask("val_002").read_bytes())
-    assert ran(dvc(checkout, "repro", "fetch").stdout) == ["fetch"]
+    assert ran(dvc(checkout, "repro", "fetch").stdout) == ["source", "fetch"]
     assert VocFolder(checkout / "data/raw").mask("val_001").read_bytes() == folder.mask("val_001").read_bytes()
 
 
@@ -118,7 +117,7 @@ def test_masks_are_validated_without_weights(new_checkout, tmp_path):
     failed = dvc(checkout, "repro", env=environment() | nowhere)
     assert failed.returncode != 0
     assert "the weights of vit_small_patch14_dinov2 cannot be loaded (127.0.0.1:9 does not answer" in failed.stdout
-    assert ran(failed.stdout) == ["encode"]
+    assert ran(failed.stdout) == ["source", "encode"]
 
 
 def test_a_refused_setting_stops_the_first_stage(reproduced, new_checkout):
@@ -129,6 +128,25 @@ def test_a_refused_setting_stops_the_first_stage(reproduced, new_checkout):
     assert "preprocess.image_size: 500" in failed.stdout
     assert "nearest valid size is 504" in failed.stdout
     assert not (checkout / "data/raw").exists()
+
+
+def test_a_folder_of_ones_own_is_looked_for_only_where_it_is_used_and_refused_in_words(new_checkout):
+    checkout = new_checkout()
+    for unused in (None, 5, "~/nowhere"):
+        set_params(checkout, TINY | {"fetch.directory": unused})
+        done = dvc(checkout, "repro", "source")
+        assert done.returncode == 0, done.stdout
+    for used, why in (
+        (None, "directory: is not set"),
+        (5, "quotes: '5'"),
+        ("~/nowhere", f"{Path.home()}/nowhere: no such"),
+    ):
+        set_params(checkout, TINY | {"fetch.source": "directory", "fetch.directory": used})
+        failed = dvc(checkout, "repro")
+        assert failed.returncode != 0
+        assert why in failed.stdout
+        assert "unexpected error" not in failed.stdout
+        assert "Traceback" not in failed.stdout
 
 
 def test_where_python3_is_not_the_environments_the_stage_finds_it(reproduced, tmp_path):
@@ -190,7 +208,7 @@ def test_two_repros_in_one_checkout_the_second_says_so(reproduced):
     assert not any(line.startswith("epoch 1/") for line in lines)
 
 
-@pytest.mark.parametrize("stage", ["fetch", "preprocess", "validate", "encode", "train", "evaluate"])
+@pytest.mark.parametrize("stage", ["source", "fetch", "preprocess", "validate", "encode", "train", "evaluate"])
 def test_help_needs_no_torch(stage, root):
     command = [sys.executable, "-X", "importtime", "-m", f"stages.{stage}", "--help"]
     done = subprocess.run(command, cwd=root, text=True, capture_output=True, check=True)
