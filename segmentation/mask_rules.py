@@ -64,14 +64,10 @@ def rules(classes: Sequence[str], size: int, max_void_share: float) -> list[Rule
             for label in sorted({*val, *nowhere})
         ]
 
-    def one_class(rows: Sequence[MaskRow]) -> list[Offender]:
-        found = []
-        for row in rows:
-            labels = _labels(row.only_labels)
-            shown = ", ".join(f"{label} ({classes[label]})" for label in labels if label < len(classes))
-            hint = f", and void: {VOID} is void; write foreground as 1" if labels == [0, VOID] else ""
-            found.append(Offender(_list("train"), f"all its masks show class {shown or labels[0]} alone{hint}"))
-        return found
+    def one_class(split: str, labels: Sequence[int]) -> Offender:
+        shown = ", ".join(f"{label} ({classes[label]})" for label in labels if label < len(classes)) or str(labels[0])
+        hint = f", and void: {VOID} is void; write foreground as 1" if list(labels) == [0, VOID] else ""
+        return Offender(_list(split), f"all its masks show class {shown} alone{hint}")
 
     return [
         Rule(
@@ -218,7 +214,17 @@ def rules(classes: Sequence[str], size: int, max_void_share: float) -> list[Rule
             f"written as {VOID} teaches nothing: write it as its class id, 1 for the first object class",
             "ExpectColumnValuesToBeNull",
             {"column": "only_labels"},
-            one_class,
+            _each(lambda row: one_class("train", _labels(row.only_labels))),
+        ),
+        Rule(
+            "val_shows_two_classes",
+            "warning",
+            "the masks of val show at least two classes",
+            "move pairs of other classes from train to val: a score over one class does not say whether the model "
+            "tells classes apart",
+            "ExpectColumnValuesToBeNull",
+            {"column": "only_labels_in_val"},
+            _each(lambda row: one_class("val", _labels(row.only_labels_in_val))),
         ),
         Rule(
             "void_is_not_foreground",

@@ -57,6 +57,7 @@ class MaskRow:
     same_photo_in_train: str | None = None  # ids, for a row of val
     labels_missing_in_train: str | None = None  # class ids, for a row of val; those of no mask, for the first of train
     only_labels: str | None = None  # of all masks of train, where they show one class alone; for the first of train
+    only_labels_in_val: str | None = None  # the same of val, for the first of train
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,8 @@ def build_rows(
     # facts of the set as a whole, which the first row of train carries
     whole = {
         "labels_missing_in_train": _text(x for x in range(classes) if x not in labels_in_train | labels_in_val),
-        "only_labels": _text(sorted(labels_in_train)) if len(labels_in_train - {VOID}) == 1 else None,
+        "only_labels": _if_one_class(labels_in_train),
+        "only_labels_in_val": _if_one_class(labels_in_val),
     }
     rows = []
     for row in manifest:
@@ -255,6 +257,10 @@ def _facts(row: dict[str, Any], copies: Copies) -> dict[str, Any]:
         facts["new_labels"] = _text(sorted(new))
         facts["void_share"] = mask.void_share if mask.labels != (VOID,) else None
     return facts
+
+
+def _if_one_class(labels: set[int]) -> str | None:
+    return _text(sorted(labels)) if len(labels - {VOID}) == 1 else None
 
 
 def _painted(row: dict[str, Any]) -> Painted | None:

@@ -224,6 +224,12 @@ def class_0_of_no_mask(pairs: Pairs) -> None:
         each.mask[each.mask == 0] = 1
 
 
+def one_class_in_val(pairs: Pairs) -> None:
+    for each in pairs.values():
+        if each.split == "val":
+            each.mask[each.mask > 0] = 0
+
+
 def foreground_255_in_one(pairs: Pairs) -> None:
     pairs["v1"].mask[pairs["v1"].mask > 0] = VOID
 
@@ -278,6 +284,12 @@ CASES: list[tuple[Callable[[Pairs], None], str, str, str]] = [
     ),
     (class_of_no_mask, "classes_in_train", "ImageSets/Segmentation/train.txt", "car (class 3) is in no mask"),
     (class_0_of_no_mask, "classes_in_train", "ImageSets/Segmentation/train.txt", "background (class 0) is in no mask"),
+    (
+        one_class_in_val,
+        "val_shows_two_classes",
+        "ImageSets/Segmentation/val.txt",
+        "all its masks show class 0 (background) alone",
+    ),
     (
         foreground_255_in_one,
         "void_is_not_foreground",
@@ -637,7 +649,7 @@ def test_a_dog_on_much_void_is_a_warning_and_labels_lost_in_resizing_are_refused
         (raw / name).mkdir(parents=True)
     (raw / "classes.txt").write_text("\n".join(CLASSES))
     (raw / "ImageSets/Segmentation/train.txt").write_text("whole\nothers\n")
-    (raw / "ImageSets/Segmentation/val.txt").write_text("2008_006981\n")
+    (raw / "ImageSets/Segmentation/val.txt").write_text("2008_006981\nmore\n")
     dog = CLASSES.index("dog")
     whole = np.zeros((100, 125), np.uint8)
     whole[20:60, 20:60] = dog
@@ -645,6 +657,7 @@ def test_a_dog_on_much_void_is_a_warning_and_labels_lost_in_resizing_are_refused
     others = np.zeros((100, 125), np.uint8)
     others[10:40, 10:60], others[50:90, 10:60] = 1, 3
     write_pair(raw, "others", others)
+    write_pair(raw, "more", others)
     void = np.full((100, 125), VOID, np.uint8)
     void[30:51, 40:90] = dog  # 91.6 % void, as VOC's own 2008_006981
     write_pair(raw, "2008_006981", void)
