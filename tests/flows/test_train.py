@@ -1,9 +1,14 @@
 import json
+import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
+import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import distribution
 from pathlib import Path
 
@@ -11,6 +16,7 @@ import mlflow
 import numpy as np
 import psutil
 import pytest
+import requests
 import torch
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -19,7 +25,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
 from ruamel.yaml import YAML
 
-from flows.experiment import _hydra
+from flows.experiment import _hydra, evaluation_set, kill_tree
 from flows.password import CLIENT
 from flows.register import register
 from flows.train import _gpu_slot, train
@@ -230,6 +236,59 @@ def test_own_photos_in_a_relative_folder_are_watched_by_recorded_runs(checkout):
         for run in (result, changed)
     ]
     assert hashes[0] != hashes[1]
+
+
+@contextmanager
+def artifact_server(folder: Path) -> Iterator[str]:
+    """The URL of an MLflow server through which artifacts go as well, as one for a team has it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{probe.getsockname()[1]}"
+    command = [
+        sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", url.rpartition(":")[2], "--workers", "1",
+        "--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "artifacts"),
+        "--serve-artifacts",
+    ]  # fmt: skip
+    with (folder / "server.log").open("wb") as log:
+        server = subprocess.Popen(command, cwd=folder, env=environment(), stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                requests.get(f"{url}/health", timeout=5).raise_for_status()
+                break
+            except requests.ConnectionError:
+                assert server.poll() is None and time.monotonic() < deadline, (folder / "server.log").read_text()
+                time.sleep(0.2)
+        yield url
+    finally:
+        kill_tree(server.pid)
+
+
+@pytest.mark.slow
+def test_ids_of_all_scripts_and_with_all_signs_are_registered_through_a_server_that_stores_artifacts(
+    cached_checkout, monkeypatch, tmp_path
+):
+    folder, checkout = VocFolder(tmp_path / "own photos"), cached_checkout()
+    draw_sample(folder.root, 4)
+    ids = ["बिल्ली क्षि", "a+b, c & d @ #1 100%?", "p (1)", "x=y;z'q\"[*]<b>$a$|"]
+    for number, identifier in enumerate(ids, 1):
+        decomposed = unicodedata.normalize("NFD", identifier)
+        folder.photo(f"val_{number:03d}").rename(folder.root / f"JPEGImages/{decomposed}.JPG")
+        folder.mask(f"val_{number:03d}").rename(folder.mask(decomposed))
+    folder.split_file("val").write_text("\n".join(ids), encoding="utf-8")
+    monkeypatch.chdir(checkout)
+    with artifact_server(tmp_path) as url:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", url)
+        own = {"fetch.source": "directory", "fetch.directory": os.path.relpath(folder.root, checkout)}
+        result = train(TINY | own | {"train.epochs": 1})
+        (version,) = versions()
+        stored = {file.path for file in connect().list_artifacts(version.run_id, "reports/training/panels/epoch_01")}
+    assert stored == {f"reports/training/panels/epoch_01/{number}.png" for number in range(1, 5)}
+    with np.load(Path(result["folder"]) / "reports/evaluation/per_image_confusion.npz") as evaluated:
+        assert evaluated["ids"].tolist() == ids
+    # promotion reads them from DVC's cache
+    assert len(list(evaluation_set(version.tags["experiment_commit"]))) == len(ids)
 
 
 @pytest.mark.slow

@@ -141,8 +141,8 @@ def drop_val(pairs: Pairs) -> None:
 def unsafe_id(pairs: Pairs) -> None:
     bad = pairs["v0"]
     bad.id = "../escape"
-    bad.lose_photo("id '../escape' is no plain file name")
-    bad.lose_mask("id '../escape' is no plain file name")
+    bad.lose_photo("id '../escape' holds a slash: a path, and no file name")
+    bad.lose_mask("id '../escape' holds a slash: a path, and no file name")
 
 
 def in_both_splits(pairs: Pairs) -> None:
@@ -579,9 +579,10 @@ def test_data_docs_run_no_script_from_a_list(tmp_path: Path) -> None:
     pairs = clean()
     unsafe_id(pairs)
     pairs["v0"].id = "<script>alert(1)</script> & co"
+    pairs["v0"].lose_photo("id '<script>alert(1)</script> & co' holds a slash")
     checks = check(write(tmp_path / "processed", list(pairs.values())), tmp_path / "docs")
     assert broken(checks) == {
-        "id_is_file_name": [("ImageSets/Segmentation/val.txt", "id '<script>alert(1)</script> & co'")]
+        "id_is_file_name": [("ImageSets/Segmentation/val.txt", "id '<script>alert(1)</script> & co' holds a slash")]
     }
     pages = [path.read_text() for path in (tmp_path / "docs").rglob("*.html")]
     assert not any("<script>alert" in page for page in pages)

@@ -10,6 +10,7 @@ from torchvision.transforms.v2 import functional as tv
 from segmentation import preprocess as module
 from segmentation.images import read_mask, resize_mask, resize_photo
 from segmentation.mask_table import read_manifest
+from segmentation.photo_ids import PairFinder, write_lists
 from segmentation.preprocess import preprocess
 from segmentation.voc import palette
 from tests.conftest import png_declaring
@@ -148,8 +149,35 @@ def test_an_id_that_leads_out_of_the_folder_is_never_used_as_a_path(make_raw, tm
     folder = make_raw()
     folder.split_file("val").write_text("val0\n../../outside\n")
     row = run(folder, tmp_path).set_index("id").loc["../../outside"]
-    assert "no plain file name" in row["photo_problem"]
+    assert row["photo_problem"] == "id '../../outside' holds a slash: a path, and no file name"
     assert not list(tmp_path.glob("**/outside*"))
+
+
+def test_what_fetch_knew_of_a_pair_is_written_down(make_raw, tmp_path):
+    folder = make_raw()
+    found = PairFinder(["val0.jpg", "val1.webp"], ["val0.png"])
+    write_lists(folder, {"val": [found.find(line) for line in ("val0", "val0;1", "val0.jpg val0.png a/b")]})
+    table = run(folder, tmp_path).set_index("id")
+    assert pd.isna(table.loc["val0", "photo_problem"])
+    why = "the line seems to hold more than an id: write val0 alone"
+    assert table.loc["val0;1", "photo_problem"] == f"JPEGImages/val0;1.jpg is missing; {why}"
+    assert table.loc["val0;1", "mask_problem"] == "SegmentationClass/val0;1.png is missing"
+    unsafe = table.loc["val0.jpg val0.png a/b"]
+    assert unsafe["photo_problem"].endswith("no file name; the line seems to hold a path: write val0 alone")
+
+
+def test_ids_of_all_scripts_and_with_all_signs_are_file_names(make_raw, tmp_path):
+    folder = make_raw(val=4)
+    ids = ["बिल्ली क्षि", "a+b, c & d @ #1 100%?", "x=y;z'q\"[*]<b>$a$|:", "ü" * 100]
+    for k, identifier in enumerate(ids):
+        folder.photo(f"val{k}").rename(folder.photo(identifier))
+        folder.mask(f"val{k}").rename(folder.mask(identifier))
+    folder.split_file("val").write_text("\n".join(ids), encoding="utf-8")
+    table = run(folder, tmp_path).set_index("id").loc[ids]
+    assert table[["photo_problem", "mask_problem"]].isna().all(axis=None)
+    for identifier in ids:
+        assert Image.open(tmp_path / f"processed/images/{identifier}.png").size == (SIZE, SIZE)
+        assert Image.open(tmp_path / f"processed/masks/{identifier}.png").size == (SIZE, SIZE)
 
 
 def test_a_png_named_jpg_is_accepted_and_said(make_raw, tmp_path):

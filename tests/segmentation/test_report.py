@@ -53,13 +53,13 @@ def write_inputs(root, settings):
     prediction = np.roll(truth, 3, axis=1)
     prediction[prediction == 255] = 0
     photo = Image.fromarray(generator.integers(0, 256, (50, 76, 3), dtype=np.uint8))
-    for identifier in IDS:
+    for number, identifier in enumerate(IDS, 1):
         for path, picture in ((folder.photo(identifier), photo), (folder.mask(identifier), mask_image(truth))):
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("wb") as stream:
                 picture.save(stream, "JPEG" if path.suffix == ".jpg" else "PNG")
         for epoch in (1, 12):
-            path = root / f"training/panels/epoch_{epoch:02d}/{identifier}.png"
+            path = root / f"training/panels/epoch_{epoch:02d}/{number}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             mask_image(resize_mask(prediction, 56)).save(path)
     pd.DataFrame(
