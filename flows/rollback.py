@@ -16,8 +16,8 @@ from prefect.states import Completed
 from flows.local import by_hand
 from flows.promote import move, record
 from segmentation import aliases
+from segmentation.client import MODEL_NAME
 from segmentation.errors import PipelineError
-from segmentation.registry import MODEL_NAME
 
 
 @flow(name="rollback")
