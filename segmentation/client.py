@@ -125,7 +125,7 @@ def _is_server(uri: str) -> bool:
 
 @contextmanager
 def answering() -> Iterator[None]:
-    """Within, a store that does not answer is a `ServerAwayError`; one that refuses, a `PipelineError` with its reason."""
+    """Within, a store that does not answer is a `ServerAwayError`, and one that refuses a `PipelineError` with why."""
     try:
         yield
     except _FAILURES as error:
