@@ -31,11 +31,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import psutil
 import torch
 
+from segmentation.client import MODEL_NAME, connect
 from segmentation.files import write_json
 from segmentation.images import read_photo
 from segmentation.model import ModelCard, build, save
 from segmentation.predictor import Augmentation, Predictor, mask_png
-from segmentation.registry import MODEL_NAME, connect, register
+from segmentation.registry import register
 from segmentation.sample import draw_sample
 from segmentation.voc import CLASSES, VocFolder
 

@@ -15,7 +15,8 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from segmentation.errors import PipelineError
-from segmentation.paths import project_root, scratch
+from segmentation.paths import check_checkout, project_root, scratch
+from segmentation.store import tracking_uri
 
 T = TypeVar("T")
 
@@ -29,6 +30,8 @@ def read(arguments: Callable[[], T]) -> T:
     os.environ.setdefault("PREFECT_HOME", str(scratch() / "prefect-by-hand"))
     try:
         found = arguments()
+        check_checkout()
+        tracking_uri()
         scratch().mkdir(exist_ok=True)  # Prefect makes the last folder of its path alone, and warns where it cannot
         return found
     except PipelineError as error:
@@ -62,7 +65,7 @@ def train() -> tuple[dict[str, Any], bool]:
     for setting in arguments.set:
         key, value = _setting(setting)
         overrides[key] = value
-    check_repository()
+    check_repository(isolated=not arguments.in_place)
     check_settings(overrides, named)
     return overrides, not arguments.in_place
 

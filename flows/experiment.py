@@ -24,7 +24,16 @@ from ruamel.yaml import YAML
 from flows.password import CLIENT, SERVER
 from segmentation.errors import PipelineError
 from segmentation.files import sha256_file, sha256_json
-from segmentation.paths import DATA_CHECKS, EVALUATION, MODEL, RAW, REPORT, TRAINING, project_root
+from segmentation.paths import (
+    DATA_CHECKS,
+    EVALUATION,
+    MODEL,
+    RAW,
+    REPORT,
+    TRAINING,
+    check_checkout,
+    project_root,
+)
 from segmentation.settings import Settings, load_settings
 from segmentation.voc import VocFolder, parse_lines
 
@@ -62,7 +71,7 @@ def run_experiment(
     Raises:
         PipelineError: a stage failed; with the lines that say why.
     """
-    check_repository()
+    check_repository(isolated)
     command = [sys.executable, "-m", "dvc", "exp", "run", "--name", name, *(["--temp"] if isolated else [])]
     for key, value in overrides.items():
         command += ["--set-param", f"{key}={_hydra(key, value)}"]
@@ -267,12 +276,16 @@ def check_settings(overrides: Mapping[str, Any], named: str) -> Settings:
     return settings
 
 
-def check_repository() -> None:
+def check_repository(isolated: bool = False) -> None:
     """Whether git can keep a run here. DVC commits uncommitted edits to carry them along, and that needs a name.
+
+    Args:
+        isolated: whether the run takes place in a copy, which DVC makes through git.
 
     Raises:
         PipelineError: it cannot; with git's own words where they say more.
     """
+    check_checkout()
     where = project_root()
     found = _try_git("rev-parse", "--is-inside-work-tree")
     if b"not a git repository" in found.stderr:
@@ -287,6 +300,11 @@ def check_repository() -> None:
     if _try_git("rev-parse", "--verify", "--quiet", "HEAD").returncode:
         raise PipelineError(
             f"{where}: the git repository has no commit yet, and a run starts from one: git add -A && git commit"
+        )
+    if isolated and _git("rev-parse", "--is-shallow-repository").strip() == "true":
+        raise PipelineError(
+            f"{where}: a shallow clone (git clone --depth), from whose copies DVC brings back no result; get the whole "
+            "history (git fetch --unshallow), or run in the checkout itself (--in-place; deployments: isolated=false)"
         )
     if not _git("status", "--porcelain", "--untracked-files=no"):
         return

@@ -42,7 +42,7 @@ def predict(source: str, out: str | None = None, version: str = "champion", over
 def predict_folder(source: Path, out: Path, which: str, overlays: bool) -> dict[str, Any]:
     """All photos, one after the other, with a progress artifact."""
     from segmentation.batch import predict_photos
-    from segmentation.registry import MODEL_NAME, connect
+    from segmentation.client import MODEL_NAME, connect
     from segmentation.versions import find_version, load_predictor
 
     version = find_version(connect(), which)

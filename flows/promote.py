@@ -20,13 +20,14 @@ from prefect.states import Completed
 
 from flows import experiment
 from flows.local import by_hand
+from flows.register import server_away
 from segmentation import aliases
+from segmentation.client import MODEL_NAME
 from segmentation.errors import PipelineError
 from segmentation.names import markdown as escaped
 from segmentation.names import one_line
 from segmentation.paths import project_root
 from segmentation.progress import lines_to
-from segmentation.registry import MODEL_NAME
 from segmentation.settings import PromoteSettings, load_settings
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ def decide(found: Contest, settings: PromoteSettings, force_reason: str | None) 
         return decide(found, pairs, settings, force_reason)
 
 
-@task(cache_policy=NO_CACHE, retries=2, retry_delay_seconds=5)
+@task(cache_policy=NO_CACHE, retries=2, retry_delay_seconds=5, retry_condition_fn=server_away)
 def record(version: str, kind: str, content: dict[str, Any]) -> str:
     """Why, to the MLflow run of a version; a tracking server that is away is tried again."""
     return aliases.record(version, kind, content)

@@ -8,13 +8,15 @@ if __name__ == "__main__":  # before Prefect is imported, which takes seconds an
     ARGUMENTS = command_line.read(command_line.register)
 
 from pathlib import Path
+from typing import Any
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
 from flows.experiment import Revision, copy_out, find_revision, lineage
 from flows.local import by_hand
-from segmentation.registry import MODEL_NAME, Registered
+from segmentation.client import MODEL_NAME, ServerAwayError
+from segmentation.registry import Registered
 
 
 @flow(name="register")
@@ -28,7 +30,12 @@ def register(revision: str) -> str:
     return register_model(found, copy_out(found), None).version
 
 
-@task(cache_policy=NO_CACHE, retries=2, retry_delay_seconds=5)
+def server_away(task: Any, run: Any, state: Any) -> bool:
+    """Whether a task failed because the tracking server does not answer: the one failure that is tried again."""
+    return isinstance(state.result(raise_on_failure=False), ServerAwayError)
+
+
+@task(cache_policy=NO_CACHE, retries=2, retry_delay_seconds=5, retry_condition_fn=server_away)
 def register_model(revision: Revision, folder: Path, run_id: str | None) -> Registered:
     """Log the files of `folder` to MLflow and register its model; a tracking server that is away is tried again."""
     from segmentation import registry

@@ -24,7 +24,8 @@ import psutil
 
 from flows.password import get_password
 from segmentation.errors import PipelineError
-from segmentation.paths import project_root, scratch
+from segmentation.paths import check_checkout, project_root, scratch
+from segmentation.store import REGISTRY, TRACKING, own_store
 
 HOST = "127.0.0.1"
 START_LIMIT = 120.0
@@ -104,6 +105,7 @@ def run(prefect_port: int, mlflow_port: int, services: list[Service]) -> None:
     check_port("MLflow", mlflow_port, "--mlflow-port")
     if prefect_port == mlflow_port:
         raise PipelineError(f"--prefect-port and --mlflow-port are both {prefect_port}: choose two ports")
+    check_checkout()
     password = get_password(project_root() / ".env")
     store, logs = project_root() / "mlruns", scratch() / "services"
     try:
@@ -121,7 +123,8 @@ def run(prefect_port: int, mlflow_port: int, services: list[Service]) -> None:
         "PREFECT_API_URL": f"{prefect_url}/api",
         # kept on disk: a slot that was held when the server stopped is given back, and not lost with its memory
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
-        "MLFLOW_TRACKING_URI": mlflow_url,
+        TRACKING: mlflow_url,
+        REGISTRY: mlflow_url,
         # background jobs of MLflow's own (language-model judges): five more processes, and nothing here uses them
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
@@ -157,7 +160,7 @@ def run(prefect_port: int, mlflow_port: int, services: list[Service]) -> None:
     start("prefect", "prefect", "server", "start", "--host", HOST, "--port", str(prefect_port))
     start(
         "mlflow", "mlflow", "server", "--host", HOST, "--port", str(mlflow_port), "--workers", "1",
-        "--backend-store-uri", f"sqlite:///{store / 'mlflow.db'}",
+        "--backend-store-uri", own_store(),
         # plain paths, as `python -m flows.train` writes without a server: a store serves both ways of running
         "--default-artifact-root", (store / "artifacts").as_uri(), "--no-serve-artifacts",
         env={name: value for name, value in env.items() if not name.startswith("PREFECT_")},

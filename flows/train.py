@@ -8,7 +8,8 @@ if __name__ == "__main__":  # before Prefect is imported, which takes seconds an
     ARGUMENTS = command_line.read(command_line.train)
 
 import json
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,11 @@ from flows.experiment import Revision
 from flows.local import by_hand
 from flows.register import register_model
 from flows.services import GPU
+from segmentation.client import MODEL_NAME, ServerAwayError
 from segmentation.errors import PipelineError
 from segmentation.paths import DATA_CHECKS, EVALUATION, REPORT, TRAINING
-from segmentation.registry import MODEL_NAME, Registered
+from segmentation.registry import Registered
+from segmentation.store import TRACKING, tracking_uri
 from segmentation.verdict import caveat
 
 
@@ -41,20 +44,16 @@ def train(overrides: dict[str, Any] | None = None, isolated: bool = True) -> dic
     """
     overrides = dict(overrides or {})
     experiment.check_settings(overrides, "overrides")
+    experiment.check_repository(isolated)
     name = experiment.new_name()
     run_id = _open_run(name)
     status = "KILLED"
     try:
         revision = run_pipeline(name, overrides, isolated, run_id)
-        folder = copy_out(revision)
-        publish(folder)
-        try:
+        with _kept(name):
+            folder = copy_out(revision)
+            publish(folder)
             registered = register_model(revision, folder, run_id)
-        except PipelineError as error:
-            raise PipelineError(
-                f"{error}\nThe training is done and kept as experiment {name}; once the tracking server is back: "
-                f"python -m flows.register {name}"
-            ) from error
         status = "FINISHED"
     except Exception:
         status = "FAILED"
@@ -67,10 +66,8 @@ def train(overrides: dict[str, Any] | None = None, isolated: bool = True) -> dic
 @task(cache_policy=NO_CACHE)
 def run_pipeline(name: str, overrides: dict[str, Any], isolated: bool, run_id: str | None) -> Revision:
     """`dvc exp run` with live output; finished stages come from the cache."""
-    from segmentation.registry import tracking_uri
-
     log = get_run_logger()
-    env = {"MLFLOW_TRACKING_URI": tracking_uri(), "MLFLOW_RUN_ID": run_id} if run_id else {}
+    env = {TRACKING: tracking_uri(), "MLFLOW_RUN_ID": run_id or ""}
     with _gpu_slot():
         return experiment.run_experiment(name, overrides, isolated, env, log.info)
 
@@ -125,13 +122,26 @@ def _gpu_slot() -> AbstractContextManager[None]:
     return concurrency(GPU, lease_duration=60)
 
 
+@contextmanager
+def _kept(name: str) -> Iterator[None]:
+    """Within, any error also says that the training is not lost."""
+    kept = f"The training is done and kept as experiment {name}. Register it later: python -m flows.register {name}"
+    try:
+        yield
+    except PipelineError as error:
+        raise PipelineError(f"{error}\n{kept}") from error
+    except Exception as error:
+        error.add_note(kept)
+        raise
+
+
 def _open_run(name: str) -> str | None:
-    """A run for the live curves; training goes on without one when the tracking server is away."""
+    """A run for the live curves; training goes on without one when the tracking server is away, and only then."""
     from segmentation.registry import start_run
 
     try:
         return start_run(name)
-    except PipelineError as error:
+    except ServerAwayError as error:
         get_run_logger().warning("%s. Training goes on without live curves.", error)
         return None
 

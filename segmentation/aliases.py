@@ -1,6 +1,6 @@
-"""The registered model's aliases, moved so that a kill between any two requests leaves each on a version.
+"""The registered model's aliases, moved here alone, so that a kill between any two requests leaves each on a version.
 
-`champion` is served, `previous` is what a rollback returns to, `challenger` (the newest) is left to registration.
+`champion` is served, `previous` is what a rollback returns to, `challenger` is the newest version.
 MLflow keeps no history of aliases, so whoever moves them writes down why first (`record`), on the run of a version.
 """
 
@@ -17,9 +17,10 @@ from typing import Any
 from filelock import FileLock
 from mlflow import MlflowClient
 
+from segmentation.client import MODEL_NAME, answering, connect
 from segmentation.errors import PipelineError
 from segmentation.paths import scratch
-from segmentation.registry import MODEL_NAME, answering, connect, tracking_uri
+from segmentation.store import shown, tracking_uri
 
 LAST_MOVE = "last_move"
 
@@ -33,7 +34,9 @@ def read() -> dict[str, str]:
     client = connect()
     with _lock(), answering():
         if not client.search_registered_models(f"name = '{MODEL_NAME}'"):
-            raise PipelineError(f"{tracking_uri()} has no model {MODEL_NAME}; `python -m flows.train` registers one")
+            raise PipelineError(
+                f"{shown(tracking_uri())} has no model {MODEL_NAME}; `python -m flows.train` registers one"
+            )
         return _settled(client)
 
 
@@ -73,8 +76,8 @@ def move(champion: str, expected: str | None, why: str) -> dict[str, str]:
     that one request is the promotion. Who is killed before it has promoted nothing, and the next `read` or `move` takes
     `previous` back to where the tag says it was.
 
-    Moves from one checkout wait for each other. MLflow cannot move an alias on a condition, so between machines only
-    the second look at `champion`, right before, holds two moves apart.
+    Moves and registrations from one checkout wait for each other. MLflow cannot move an alias on a condition, so
+    between machines only the second look at `champion`, right before, holds two moves apart.
 
     Args:
         champion: the version's number.
@@ -99,6 +102,31 @@ def move(champion: str, expected: str | None, why: str) -> dict[str, str]:
             client.set_registered_model_alias(MODEL_NAME, "previous", expected)
         client.set_registered_model_alias(MODEL_NAME, "champion", champion)
         return after
+
+
+def after_registration(version: str) -> tuple[str, ...]:
+    """`challenger` to the newest version, and `champion` to this one only where no version has it.
+
+    Waits for a `move` of the same checkout, and a `move` waits for it: a champion promoted meanwhile is seen and stays.
+
+    Args:
+        version: the number of the version that was registered.
+
+    Returns:
+        The aliases that are on it now.
+
+    Raises:
+        PipelineError: the tracking server does not answer, or refuses.
+    """
+    client = connect()
+    with _lock(), answering():
+        held = _settled(client)
+        newest = "challenger" not in held or int(version) > int(held["challenger"])
+        for alias, wanted in (("challenger", newest), ("champion", "champion" not in held)):
+            if wanted:
+                client.set_registered_model_alias(MODEL_NAME, alias, version)
+                held[alias] = version
+        return tuple(sorted(alias for alias, holder in held.items() if holder == version))
 
 
 def _settled(client: MlflowClient) -> dict[str, str]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from segmentation.errors import PipelineError
+
 SOURCE = Path("data/source.json")
 RAW = Path("data/raw")
 PROCESSED = Path("data/processed")
@@ -27,6 +29,21 @@ def project_root() -> Path:
         if parent.parts[-3:] == (".dvc", "tmp", "exps"):
             return parent.parents[2]
     return here
+
+
+def check_checkout() -> None:
+    """Whether the checkout's path can be part of an address: DVC, Prefect and MLflow make some of it, unescaped.
+
+    Raises:
+        PipelineError: it has a sign with a meaning there; the tools would work in another folder, or crash.
+    """
+    root = project_root()
+    signs = [sign for sign in "#?%" if sign in str(root)]
+    if signs:
+        raise PipelineError(
+            f"{root}: has {' and '.join(signs)} in its path, which DVC, Prefect and MLflow read as part of an address; "
+            "rename the folder"
+        )
 
 
 def scratch() -> Path:

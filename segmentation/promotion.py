@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from segmentation import aliases
+from segmentation.client import MODEL_NAME, connect
 from segmentation.errors import PipelineError
 from segmentation.evaluation import photo_confusion
 from segmentation.gate import Check, absolute_checks, compare, promotes, relative_checks
@@ -27,8 +28,8 @@ from segmentation.images import Pixels, read_mask, read_photo
 from segmentation.metrics import miou
 from segmentation.predictor import Predictor
 from segmentation.progress import Progress
-from segmentation.registry import MODEL_NAME, connect, tracking_uri
 from segmentation.settings import PromoteSettings
+from segmentation.store import tracking_uri
 from segmentation.versions import find_version, load_predictor
 
 REPRODUCED = 4  # photos whose masks the stored model must give again

@@ -12,6 +12,8 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
+from segmentation.errors import PipelineError
+
 
 class LiveCurves(Callback):
     """Logs each epoch's row to the run `MLFLOW_RUN_ID` of `MLFLOW_TRACKING_URI`; does nothing where either is unset."""
@@ -27,14 +29,15 @@ class LiveCurves(Callback):
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        from mlflow import MlflowClient
         from mlflow.entities import Metric
-        from mlflow.exceptions import MlflowException
+
+        from segmentation.client import answering, connect
 
         row, now = task.history[-1], int(time.time() * 1000)
         metrics = [Metric(key, value, now, row["epoch"]) for key, value in row.items() if key != "epoch"]
         try:
-            MlflowClient(self.uri).log_batch(self.run_id, metrics)
-        except (MlflowException, OSError) as error:
-            print(f"warning: no live curves from here on, {self.uri} does not answer: {error}", flush=True)
+            with answering():
+                connect().log_batch(self.run_id, metrics)
+        except PipelineError as error:
+            print(f"warning: no live curves from here on: {error}", flush=True)
             self.run_id = None

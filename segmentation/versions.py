@@ -11,10 +11,11 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from ruamel.yaml import YAML
 
+from segmentation.client import MODEL_NAME, answering
 from segmentation.errors import PipelineError
 from segmentation.predictor import Augmentation, Predictor
 from segmentation.progress import Progress
-from segmentation.registry import MODEL_NAME, answering, tracking_uri
+from segmentation.store import shown, tracking_uri
 
 
 def find_version(client: MlflowClient, which: str) -> ModelVersion:
@@ -32,8 +33,8 @@ def find_version(client: MlflowClient, which: str) -> ModelVersion:
             if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                 raise
             raise PipelineError(
-                f"models:/{MODEL_NAME}: {tracking_uri()} has no version or alias {which!r}; `python -m flows.train` "
-                "registers one"
+                f"models:/{MODEL_NAME}: {shown(tracking_uri())} has no version or alias {which!r}; "
+                "`python -m flows.train` registers one"
             ) from None
 
 

@@ -13,9 +13,9 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse
 from starlette.exceptions import HTTPException
 
+from segmentation.client import MODEL_NAME
 from segmentation.images import Pixels
 from segmentation.predictor import class_shares
-from segmentation.registry import MODEL_NAME
 from segmentation.voc import palette
 from serving import limits
 from serving.champion import Champion, Served

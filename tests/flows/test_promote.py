@@ -16,9 +16,10 @@ from flows.promote import promote
 from flows.rollback import rollback
 from segmentation import aliases as registry_aliases
 from segmentation import progress
+from segmentation.client import MODEL_NAME, connect
 from segmentation.errors import PipelineError
 from segmentation.files import sha256_file, write_json
-from segmentation.registry import MODEL_NAME, connect, register
+from segmentation.registry import register
 
 KEY = "promotion-decision"
 

@@ -109,7 +109,7 @@ def services(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Services:
         file, name = entry["entrypoint"].split(":")
         (folder / file).write_text(f"from prefect import flow\n\n\n@flow\ndef {name}(): ...\n", encoding="utf-8")
     (folder / "segmentation").mkdir()
-    for name in ("__init__.py", "account.py", "errors.py", "paths.py"):
+    for name in ("__init__.py", "account.py", "errors.py", "paths.py", "store.py"):
         shutil.copy(root / "segmentation" / name, folder / "segmentation" / name)
     return Services(folder)
 

@@ -29,11 +29,12 @@ from flows.experiment import _hydra, evaluation_set, kill_tree
 from flows.password import CLIENT
 from flows.register import register
 from flows.train import _gpu_slot, train
+from segmentation.client import connect
 from segmentation.errors import PipelineError
 from segmentation.images import read_mask
 from segmentation.metrics import confusion_matrices
 from segmentation.predictor import Augmentation, Predictor
-from segmentation.registry import connect, end_run, start_run
+from segmentation.registry import end_run, start_run
 from segmentation.sample import draw_sample
 from segmentation.voc import CLASSES, VocFolder
 from tests.conftest import TINY, environment, git

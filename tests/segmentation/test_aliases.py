@@ -9,8 +9,9 @@ import pytest
 from mlflow import MlflowClient
 
 from segmentation import aliases
+from segmentation.client import MODEL_NAME, connect
 from segmentation.errors import PipelineError
-from segmentation.registry import MODEL_NAME, connect, start_run
+from segmentation.registry import start_run
 
 WRITES = ("set_registered_model_tag", "set_registered_model_alias", "delete_registered_model_alias")
 

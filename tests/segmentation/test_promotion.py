@@ -14,13 +14,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from segmentation import model
+from segmentation.client import MODEL_NAME, connect
 from segmentation.errors import PipelineError
 from segmentation.files import write_json
 from segmentation.images import mask_image, read_mask, read_photo
 from segmentation.metrics import class_iou
 from segmentation.model import ModelCard
 from segmentation.promotion import Pair, contest, decide
-from segmentation.registry import MODEL_NAME, connect, register
+from segmentation.registry import register
 from segmentation.settings import PromoteSettings
 from segmentation.versions import find_version, load_predictor
 

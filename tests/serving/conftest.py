@@ -15,10 +15,10 @@ import requests
 from PIL import Image
 
 from benchmarks.serving import register_random
+from segmentation.client import MODEL_NAME, connect
 from segmentation.images import mask_image, read_photo
 from segmentation.model import ModelCard
 from segmentation.predictor import Augmentation, Predictor
-from segmentation.registry import MODEL_NAME, connect
 from segmentation.voc import CLASSES
 from tests.conftest import ROOT
 

@@ -9,8 +9,8 @@ import pytest
 import requests
 
 from benchmarks.serving import register_random
+from segmentation.client import MODEL_NAME
 from segmentation.errors import PipelineError
-from segmentation.registry import MODEL_NAME
 from serving.__main__ import bind
 from tests.serving.conftest import CARD, Server, mask_png, photo
 

@@ -17,7 +17,8 @@ ENTRY = {
 }
 # They carry values, names, messages and checkpoints: what they say is in params.yaml or in the outputs' own paths.
 NOT_DECIDING = {
-    "checkpoints", "encoder_names", "errors", "file_kinds", "files", "hub", "names", "paths", "progress", "settings",
+    "checkpoints", "client", "encoder_names", "errors", "file_kinds", "files", "hub", "names", "paths", "progress",
+    "settings", "store",
     "tracking",
 }  # fmt: skip
 
