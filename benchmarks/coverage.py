@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from segmentation.intervals import iou_difference_intervals, iou_intervals
 from segmentation.metrics import miou
 from segmentation.voc import CLASSES, SPLITS, VOID, VocFolder
 
+TWO = "background or not"
 PREDICTIONS = 40  # of each mask
 QUALITIES = {"middling": 2.0, "good": 4.0}  # logits of the share of an object that is found
 
@@ -46,13 +48,12 @@ def main() -> None:
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     rows, pixels = [], class_pixels(arguments.voc)
-    grouped = {"all classes": pixels, "background or not": np.stack([pixels[:, 0], pixels[:, 1:].sum(1)], 1)}
+    grouped = {"all classes": pixels, TWO: np.stack([pixels[:, 0], pixels[:, 1:].sum(1)], 1)}
     print(f"{'classes, photos drawn, model':44}{'photos':>7}{'mIoU':>8}{'equal':>8}{'better':>8}")
-    for (classes, counts), even, (quality, ease) in (
-        (group, even, level) for group in grouped.items() for even in (False, True) for level in QUALITIES.items()
-    ):
-        if even and len(counts[0]) == 2:
-            continue
+    for classes, even, quality in product(grouped, (False, True), QUALITIES):
+        if even and classes == TWO:
+            continue  # every photo has both
+        counts, ease = grouped[classes], QUALITIES[quality]
         equal, better = (population(counts, even, ease, better) for better in (0.0, 0.3))
         for photos in arguments.photos:
             row: dict[str, Any] = {
@@ -89,7 +90,7 @@ def population(pixels: NDArray[np.int64], even: bool, ease: float, better: float
     shows = pixels[:, 1:] > 0
     weights = (shows / shows.sum(0).clip(1)).sum(1) if even else np.ones(len(pixels))
     areas, weights = (np.repeat(values, PREDICTIONS, 0).astype(float) for values in (pixels, weights))
-    photos, classes = areas.shape
+    photos, classes = len(areas), len(pixels[0])
     easy, ability = random.normal(0, 1, photos), random.normal(0, 0.7, classes)  # of a photo, of a class
     looks_like = np.array([random.choice(np.delete(np.arange(classes), label), 3) for label in range(classes)])
     shared = random.random((photos, classes)), random.random(photos)  # most mistakes are both models'
@@ -98,7 +99,8 @@ def population(pixels: NDArray[np.int64], even: bool, ease: float, better: float
         0,
         looks_like[np.arange(classes), random.integers(0, 3, (photos, classes))],
     )
-    imagined = random.integers(1, classes, photos), random.beta(1, 8, photos) / 2
+    imagined = random.integers(1, classes, size=photos)
+    imagined_share = random.beta(1, 8, size=photos) / 2
     models = []
     for logit in (ease, ease + better):
         own = random.normal(0, 0.5, (photos, classes))
@@ -106,7 +108,10 @@ def population(pixels: NDArray[np.int64], even: bool, ease: float, better: float
         unlucky = np.where(random.random((photos, classes)) < 0.7, shared[0], random.random((photos, classes)))
         missed = unlucky < np.exp(ease - logit) / (1 + np.exp(2.5 + ability))
         dreams = np.where(random.random(photos) < 0.7, shared[1], random.random(photos)) < 0.12
-        models.append(_confusions(areas, np.where(missed, found * 0.05, found), ~missed, taken_for, imagined, dreams))
+        imagined_pixels = np.where(dreams, np.round(areas[:, 0] * imagined_share), 0)
+        models.append(
+            _confusions(areas, np.where(missed, found * 0.05, found), ~missed, taken_for, imagined, imagined_pixels)
+        )
     return Population(models[0], models[1], weights / weights.sum())
 
 
@@ -115,8 +120,8 @@ def _confusions(
     found: Floats,
     seen: NDArray[np.bool_],
     taken_for: NDArray[np.int64],
-    imagined: tuple[NDArray[np.int64], Floats],
-    dreams: NDArray[np.bool_],
+    imagined: NDArray[np.int64],
+    imagined_pixels: Floats,
 ) -> Tensor:
     photos, classes = areas.shape
     at, matrices = np.arange(photos), np.zeros((photos, classes, classes))
@@ -126,8 +131,7 @@ def _confusions(
         matrices[at, label, taken_for[:, label]] += areas[:, label] - right
         spilled = np.round((1 - found[:, label]) * 0.5 * areas[:, label] * seen[:, label])  # beyond its outline
         matrices[:, 0, label] += np.minimum(spilled, areas[:, 0] * 0.2 // 1)
-    what, share = imagined
-    matrices[at, 0, what] += np.where(dreams, np.round(areas[:, 0] * share), 0)
+    matrices[at, 0, imagined] += imagined_pixels
     matrices[:, 0, 0] = areas[:, 0] - matrices[:, 0, 1:].sum(1)
     assert (matrices >= 0).all()
     return torch.from_numpy(matrices).long()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from scipy.special import stdtrit
+from scipy.special import stdtrit  # type: ignore[import-untyped]
 from torch import Tensor
 
 LEVEL = 0.95

@@ -160,7 +160,7 @@ def decide(
     if champion:
         scores["champion"] = champion.summary()
         stacks = (torch.stack(champion.confusions), torch.stack(candidate.confusions))
-        comparison = compare(*stacks, candidate.classes, settings.bootstrap)
+        comparison = compare(*stacks, candidate.classes)
         checks = relative_checks(comparison, champion.seconds, candidate.seconds, settings) + checks
     promoted = promotes(checks, forced)
     return decision | {
