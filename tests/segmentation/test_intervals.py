@@ -50,7 +50,9 @@ def test_the_interval_of_the_miou_follows_its_skewness():
     low, high = iou_intervals(stack)[0].tolist()
     for end, sign in ((low, 1), (high, -1)):
         found = (score - end) / error
-        back = found + skew * found**2 / (3 * photos**0.5) + skew**2 * found**3 / (27 * photos) + skew / (6 * photos**0.5)
+        back = (
+            found + skew * found**2 / (3 * photos**0.5) + skew**2 * found**3 / (27 * photos) + skew / (6 * photos**0.5)
+        )
         assert back == pytest.approx(sign * student.ppf(0.975, 23), rel=1e-6)
     assert abs(skew) > 0.1
 
@@ -103,7 +105,7 @@ def test_a_class_that_few_photos_show_has_no_interval():
 
 
 def test_a_class_that_no_photo_shows_makes_the_miou_less_certain():
-    """It counts as 0 where it is predicted, as the VOC devkit has it; with other photos it would have been something."""
+    """It counts as 0 where it is predicted, as the VOC devkit has it; other photos would have given it something."""
     stack = torch.cat([confusions(), confusions(seed=1)])[:, :4, :4].clone()
     stack[:, :, 3] = stack[:, 3] = 0
     seen = iou_intervals(stack)[0]
