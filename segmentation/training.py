@@ -157,9 +157,13 @@ class TrainingTask(L.LightningModule):
         loss = torch.stack([weight * function(logits, masks) for weight, function in self.losses]).sum()
         self._losses.append(loss.detach())
         self._unchecked.append((ids, loss.detach()))
-        if loss.device.type == "cpu" or len(self._unchecked) >= UNCHECKED_STEPS:
+        if len(self._unchecked) >= self.looks_after():
             self._check_losses()
         return loss
+
+    def looks_after(self) -> int:
+        """How many steps' losses are looked at together."""
+        return 1 if self.device.type == "cpu" else UNCHECKED_STEPS
 
     def _check_losses(self) -> None:
         """Of the steps since the last check; the first that is not finite is named."""
