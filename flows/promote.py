@@ -145,7 +145,8 @@ def _markdown(decision: dict[str, Any], why: str) -> str:
         lines += ["", "| class | champion | candidate | difference | interval |", "|---|---|---|---|---|"]
         lines += [
             f"| {escaped(found['name'])} | {found['champion']:.4f} | {found['candidate']:.4f} | "
-            f"{found['difference']:+.4f} | {found['low']:+.4f} … {found['high']:+.4f} |"
+            f"{found['difference']:+.4f} | "
+            + (f"{found['low']:+.4f} … {found['high']:+.4f} |" if found["low"] is not None else "too few photos |")
             for found in sorted(decision["comparison"]["classes"], key=lambda found: found["difference"])
         ]
     return "\n".join(lines)

@@ -100,7 +100,7 @@ def publish(folder: Path) -> None:
         )
         + f'| the report\'s "mIoU" | | {small["report_miou"]:.4f} |\n\n'
         + (f"**{note}**\n\n" if (note := caveat(metrics)) else "")
-        + f"Data checks: {checks['result']}. Files and pictures: `{folder}`",
+        + f"mIoU: {metrics['interval']}. Data checks: {checks['result']}. Files and pictures: `{folder}`",
     )
     create_table_artifact(
         key="training-epochs",
@@ -162,6 +162,7 @@ def _summary(name: str, folder: Path, registered: Registered) -> dict[str, Any]:
     return {
         "experiment": name,
         "miou": metrics["miou"],
+        "interval": metrics["interval"],
         "pixel_accuracy": metrics["pixel_accuracy"],
         "caveat": caveat(metrics),
         "version": registered.version,
@@ -176,7 +177,8 @@ def main(overrides: dict[str, Any], isolated: bool) -> None:
         result = train(overrides, isolated)
     aliases = ", ".join(f"models:/{MODEL_NAME}@{alias}" for alias in result["aliases"])
     print(
-        f"\n  mIoU            {result['miou']:.4f} on the val split (pixel accuracy {result['pixel_accuracy']:.4f})\n"
+        f"\n  mIoU            {result['miou']:.4f} on the val split ({result['interval']}; "
+        f"pixel accuracy {result['pixel_accuracy']:.4f})\n"
         + (f"                  {result['caveat']}\n" if result["caveat"] else "")
         + f"  model           models:/{MODEL_NAME}/{result['version']}  {aliases}\n"
         f"  experiment      {result['experiment']}\n"

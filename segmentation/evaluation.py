@@ -22,7 +22,7 @@ from segmentation.features import open_features
 from segmentation.figures import Drawn, draw_confusion, draw_panels, draw_per_class, draw_reliability
 from segmentation.files import atomic_path, write_json
 from segmentation.images import Pixels, read_mask, read_photo, resize_mask
-from segmentation.intervals import bootstrap_iou
+from segmentation.intervals import iou_intervals, labelled, too_few
 from segmentation.metrics import (
     class_iou,
     confusion_matrices,
@@ -47,7 +47,8 @@ def evaluate(
 
     Tables: `metrics.json` (headline numbers at the photo's own size; those at training size, and the report's, beside
     them; those of the answer "background everywhere", where class 0 is a background; a number that is undefined is left
-    out), `per_class.csv`, `per_image.csv` (list order), `reliability.csv` and
+    out, and `interval` is the mIoU's in words, or why there is none), `per_class.csv`, `per_image.csv` (list order),
+    `reliability.csv` and
     `per_image_confusion.npz` (`ids [N]`, and `[N, C, C]` matrices: `confusion` at the photo's own size and
     `confusion_training_size`). Pictures: `panels.png`, `worst.png`, `best.png`, `confusion.png`, `per_class.png` and
     `reliability.png`.
@@ -91,12 +92,13 @@ def evaluate(
         raise PipelineError(f"{raw}: no mask of the val split has a labelled pixel; there is nothing to score")
 
     confusion, border, reliability = confusions.sum(0), border.sum(0), reliability.sum(0)
-    miou_ends, iou_ends = bootstrap_iou(confusions, settings.bootstrap)
+    miou_ends, iou_ends = iou_intervals(confusions)
     headline, error = _scores(confusion), calibration_error(reliability)
     metrics = {
         "miou": headline["miou"],
         "miou_low": miou_ends[0].item(),
         "miou_high": miou_ends[1].item(),
+        "interval": too_few(labelled(confusions)) or "95 % interval {:.4f} to {:.4f}".format(*miou_ends.tolist()),
         **headline,
         "classes_scored": int(class_iou(confusion).isfinite().sum()),
         "boundary_iou": boundary_iou(border).nanmean().item(),
@@ -137,17 +139,19 @@ def evaluate(
     draw_confusion(reports / "confusion.png", confusion.numpy(), classes)
     draw_per_class(reports / "per_class.png", per_class)
     draw_reliability(reports / "reliability.png", bins, error)
-    print(
-        f"evaluate: {len(ids)} photos, mIoU {metrics['miou']:.4f} (95 % interval {metrics['miou_low']:.4f} to "
-        f"{metrics['miou_high']:.4f}), {seconds:.2f} s a photo"
-    )
+    print(f"evaluate: {len(ids)} photos, mIoU {metrics['miou']:.4f} ({metrics['interval']}), {seconds:.2f} s a photo")
     if note := caveat(metrics):
         print(f"evaluate: {note}")
 
 
 def rank(per_image: pd.DataFrame) -> pd.DataFrame:
-    """The scored rows of `per_image.csv`, worst first; to its six decimals, so that whoever reads it ranks the same."""
-    return per_image.dropna().round({"miou": 6}).sort_values("miou", kind="stable")
+    """The scored rows of `per_image.csv`, worst first: by the share of their labelled pixels that are wrong.
+
+    Not by the mean IoU of a photo, which a few stray pixels of one class can halve. Ranked by the table's six decimals,
+    so that its readers rank the same.
+    """
+    scored = per_image.dropna(subset="pixel_accuracy").round({"pixel_accuracy": 6})
+    return scored.sort_values("pixel_accuracy", kind="stable")
 
 
 def _score(logits: Tensor, truth: Pixels, side: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -183,14 +187,15 @@ def _per_class(confusions: Tensor, border: Tensor, ends: Tensor, classes: list[s
 
 
 def _per_image(confusions: Tensor, ids: list[str], sizes: list[tuple[int, int]]) -> pd.DataFrame:
-    """One row a photo; its scores are NaN where the mask is all void."""
+    """One row a photo; its scores are NaN where the mask is all void. Its mean IoU is over the classes of the truth."""
+    iou = class_iou(confusions).masked_fill(confusions.sum(-1) == 0, torch.nan)
     widths, heights = zip(*sizes, strict=True)
     return pd.DataFrame(
         {
             "id": ids,
             "width": widths,
             "height": heights,
-            "miou": class_iou(confusions).nanmean(1),
+            "miou": iou.nanmean(1),
             "pixel_accuracy": [pixel_accuracy(confusion) for confusion in confusions],
         }
     )
@@ -227,9 +232,9 @@ def _predict_again(
         progress: counts the photos.
     """
     drawn = []
-    for position, identifier, score in rows[["id", "miou"]].itertuples():
+    for position, identifier, right in rows[["id", "pixel_accuracy"]].itertuples():
         photo, truth = read_photo(folder.photo(identifier))[0], read_mask(folder.mask(identifier))
-        title = identifier if math.isnan(score) else f"{identifier}  mIoU {score:.2f}"
+        title = identifier if math.isnan(right) else f"{identifier}  {1 - right:.1%} wrong"
         drawn.append(Drawn(title, photo, truth, mask_at(logits(position), *truth.shape)))
         progress.advance()
     return drawn

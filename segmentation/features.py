@@ -1,13 +1,15 @@
 """What the frozen part of the encoder makes of every photo, computed once and kept as float16.
 
 `features.json` says what the shards hold: `<split>_<number>.npy` are float16 `[n, V, K, P + N, D]`, photos in list
-order, V views (the photo, and mirrored where training mirrors), and for each the tokens of `Encoder.frozen`.
+order, `shard_photos` in each but a split's last, V views (the photo, and mirrored where training mirrors), and for each
+the tokens of `Encoder.frozen`, of the shape `tokens`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -51,6 +53,8 @@ class FeatureCard(BaseModel):
     image_size: int
     photos_sha256: str
     mirrored: bool
+    shard_photos: int
+    tokens: tuple[int, int, int]  # K, P + N, D
 
 
 class Features:
@@ -63,14 +67,25 @@ class Features:
         """Float16 `[K, P + N, D]` of the photo at `position` of a split; mirrored views exist for `train` alone.
 
         Raises:
-            PipelineError: its shard is missing or damaged.
+            PipelineError: its shard is missing, damaged, or not laid out as `features.json` says.
         """
-        shard, row = divmod(position, SHARD_PHOTOS)
+        shard, row = divmod(position, self.card.shard_photos)
         path = self.folder / _shard_name(split, shard)
         try:
             mapped = np.load(path, mmap_mode="r")
         except (OSError, ValueError, EOFError) as error:
             raise PipelineError(f"{path}: cannot be read ({error}); make it anew: dvc repro --force encode") from None
+        views = 2 if self.card.mirrored and split == "train" else 1
+        if (
+            mapped.dtype != np.float16
+            or mapped.shape[1:] != (views, *self.card.tokens)
+            or not row < len(mapped) <= self.card.shard_photos
+            or mirrored >= views
+        ):
+            raise PipelineError(
+                f"{path}: {mapped.dtype} {mapped.shape} is not what features.json describes, or lacks photo {row}, "
+                f"view {int(mirrored)}; make it anew: dvc repro --force encode"
+            )
         return torch.from_numpy(np.array(mapped[row, int(mirrored)]))
 
 
@@ -88,7 +103,7 @@ def encode(settings: Settings, processed: Path, features: Path, scratch: Path) -
         scratch: untracked folder.
 
     Raises:
-        PipelineError: weights that cannot be had, or too little room on the disk.
+        PipelineError: weights that cannot be had, tokens that are not finite, or too little room on the disk.
     """
     if reason := settings.not_cached():
         print(f"encode: nothing is kept, {reason}; training computes the frozen blocks in every epoch", flush=True)
@@ -154,7 +169,13 @@ def _describe(encoder: Encoder, image_size: int, manifest: Path, mirrored: bool)
         image_size=image_size,
         photos_sha256=sha256_json(rows.to_numpy().tolist()),
         mirrored=mirrored,
+        shard_photos=SHARD_PHOTOS,
+        tokens=(len(encoder.cached_blocks), _token_count(encoder, image_size), encoder.dim),
     )
+
+
+def _token_count(encoder: Encoder, image_size: int) -> int:
+    return int(encoder.vit.num_prefix_tokens) + (image_size // encoder.patch) ** 2
 
 
 def _frozen_sha256(encoder: Encoder) -> str:
@@ -193,11 +214,16 @@ def _encode(
     """Tokens `[n, V, K, P + N, D]` of some photos."""
     workers = 4 if device.type == "cuda" else 0  # a CPU is busy with the encoder
     parts = []
-    for images, _, _ in DataLoader(PairDataset(processed, ids), BATCH[device.type], num_workers=workers):
+    for images, _, names in DataLoader(PairDataset(processed, ids), BATCH[device.type], num_workers=workers):
         pixels = images.to(device)
         views = (pixels, pixels.flip(-1)) if mirrored else (pixels,)
-        tokens = torch.stack([encoder.frozen(encoder.normalise(view)) for view in views], dim=1)
-        parts.append(tokens.half().cpu().numpy())
+        tokens = torch.stack([encoder.frozen(encoder.normalise(view)) for view in views], dim=1).half().cpu()
+        if bad := [name for name, photo in zip(names, tokens, strict=True) if not photo.isfinite().all()]:
+            raise PipelineError(
+                f"encode: the tokens are not finite (NaN) for {', '.join(bad)}: the encoder's weights "
+                "are damaged or overflow; take another encoder.checkpoint or encoder.name"
+            )
+        parts.append(tokens.numpy())
         progress.advance(len(images) * len(views))
     return np.concatenate(parts)
 
@@ -213,8 +239,7 @@ def _save(path: Path, tokens: NDArray[np.float16]) -> None:
 
 
 def _check_room(encoder: Encoder, card: FeatureCard, missing: list[Shard], store: Path) -> None:
-    tokens = encoder.vit.num_prefix_tokens + (card.image_size // encoder.patch) ** 2
-    one = 2 * len(card.blocks) * tokens * encoder.dim
+    one = 2 * math.prod(card.tokens)
     views = _views(card, missing)
     needed, free = 2 * views * one, shutil.disk_usage(store).free  # DVC's cache takes as much again
     if needed > free:

@@ -1,6 +1,7 @@
 """Training losses over logits `[B, C, H, W]` and masks `[B, H, W]` of class ids, void (255) left out.
 
 All are computed in float32, whatever the logits' precision, and give 0 with a zero gradient where everything is void.
+Of logits that are NaN or infinite the loss is NaN or infinite; nothing is raised, for to look would hold up a GPU.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def _lovasz_weights(errors: Tensor, foreground: Tensor, void: Tensor) -> Tensor:
     """The gradient of each pixel's error `[B, C, H, W]`, 0 where it is void `[B, H, W]`."""
     classes = errors.shape[1]
     # each pixel's place in a table of [class, background or foreground, bin], and one more place for void
-    place = (errors * BINS).int().clamp_(max=BINS - 1)
+    place = (errors * BINS).int().clamp_(0, BINS - 1)  # NaN is anywhere among the integers
     place += foreground * BINS
     place += (torch.arange(classes, dtype=torch.int32, device=errors.device) * (2 * BINS))[:, None, None]
     place.masked_fill_(void[:, None], classes * 2 * BINS)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -73,8 +74,26 @@ def build(card: ModelCard) -> Segmenter:
     return Segmenter(encoder, decoder)
 
 
+def not_finite(weights: Mapping[str, Tensor]) -> list[str]:
+    """The names of those that hold NaN or infinity; the device is waited for once."""
+    if not weights:
+        return []
+    finite = torch.stack([value.isfinite().all() for value in weights.values()]).tolist()
+    return [name for name, fine in zip(weights, finite, strict=True) if not fine]
+
+
+def name_some(names: Sequence[str]) -> str:
+    """The first three, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
 def save(model: Segmenter, card: ModelCard, folder: Path) -> None:
-    """Write both files atomically, the card last: where it is, its weights are whole."""
+    """Write both files atomically, the card last: where it is, its weights are whole.
+
+    Raises:
+        PipelineError: a weight is NaN or infinite.
+    """
+    _require_finite(model, folder / "segmenter.safetensors", "it is not written")
     with atomic_path(folder / "segmenter.safetensors") as temporary:
         temporary.write_bytes(to_bytes({key: value.contiguous() for key, value in model.state_dict().items()}))
     digest = sha256_file(folder / "segmenter.safetensors")
@@ -85,7 +104,7 @@ def load(folder: Path) -> tuple[Segmenter, ModelCard]:
     """Read both files back; the model is in eval mode on the CPU.
 
     Raises:
-        PipelineError: a file is missing, damaged, or the two do not belong together.
+        PipelineError: a file is missing, damaged, or the two do not belong together; a weight is NaN or infinite.
     """
     card_file, weights_file = folder / "segmenter.json", folder / "segmenter.safetensors"
     try:
@@ -99,4 +118,13 @@ def load(folder: Path) -> tuple[Segmenter, ModelCard]:
         raise PipelineError(f"{error.filename}: not found; run train (`dvc repro`) first") from None
     except (json.JSONDecodeError, ValidationError, SafetensorError) as error:
         raise PipelineError(f"{folder}: damaged model files: {error}") from None
+    _require_finite(model, weights_file, "its masks would be wrong")
     return model.eval(), card
+
+
+def _require_finite(model: Segmenter, file: Path, therefore: str) -> None:
+    if found := not_finite(model.state_dict()):
+        raise PipelineError(
+            f"{file}: {name_some(found)}: weights that are not finite (NaN or infinite), so {therefore}; train again "
+            "with a lower train.lr, or with train.gradient_clip: 1.0"
+        )

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from segmentation import model as model_files
 from segmentation.decoder import upsample
+from segmentation.errors import PipelineError
 from segmentation.images import Pixels, mask_image, resize_photo
 from segmentation.model import ModelCard, Segmenter
 
@@ -67,6 +68,9 @@ class Predictor:
         in the photo's proportions, the shorter side S.
 
         One photo, or window, at a time: in a batch, the last bits of its logits depend on its neighbours.
+
+        Raises:
+            PipelineError: a logit is NaN or infinite: the best class of such a pixel is none.
         """
         # Logits are averaged, not probabilities: what follows resizes them in any case, which is linear as the mean is,
         # and never has to take the logarithm of a probability that float32 rounded to 0.
@@ -76,13 +80,17 @@ class Predictor:
             for scale in views.scales
             for mirrored in ((False, True) if views.flip else (False,))
         )
-        return reduce(torch.add, parts) / (len(views.scales) * (1 + views.flip))
+        return _finite(reduce(torch.add, parts) / (len(views.scales) * (1 + views.flip)))
 
     @torch.inference_mode()
     def logits_of(self, tokens: Tensor) -> Tensor:
-        """What `logits` gives without augmentation, on a CPU to the bit, from a photo's kept tokens `[K, P + N, D]`."""
+        """What `logits` gives without augmentation, on a CPU to the bit, from a photo's kept tokens `[K, P + N, D]`.
+
+        Raises:
+            PipelineError: as `logits`.
+        """
         side = self.card.image_size
-        return self.model.trained(tokens[None].to(self.device), (side, side))[0].float()
+        return _finite(self.model.trained(tokens[None].to(self.device), (side, side))[0].float())
 
     def mask(self, photo: Image.Image) -> Pixels:
         """Class ids `[H, W]` uint8 at the photo's own size."""
@@ -119,6 +127,15 @@ class Predictor:
                 total[here] += self.model(pixels[None][here])[0].float()
                 windows[here] += 1
         return total / windows
+
+
+def _finite(logits: Tensor) -> Tensor:
+    if not logits.isfinite().all():
+        raise PipelineError(
+            "the model's logits of this photo are not finite (NaN or infinite), so it has no mask: numbers overflow; "
+            "train again with a lower train.lr, or with train.gradient_clip: 1.0"
+        )
+    return logits
 
 
 def mask_png(mask: Pixels) -> bytes:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
@@ -64,7 +64,7 @@ class Contest:
 
 
 @dataclass
-class _Scored:
+class Scored:
     """A model, and what was measured of it so far; `masks` are those of the first photos."""
 
     predictor: Predictor
@@ -137,11 +137,11 @@ def decide(
     }
     if branch == "already champion":
         return decision | {"verdict": "keep", "reasons": ["the candidate is the champion already"]}
-    candidate = _Scored(load_predictor(found.candidate))
+    candidate = Scored(load_predictor(found.candidate))
     champion, trouble = None, None
     if found.champion and branch == "comparison":
         try:
-            champion = _Scored(load_predictor(found.champion))
+            champion = Scored(load_predictor(found.champion))
         except Exception as error:  # a damaged or foreign model can fail in any way
             if not forced:
                 raise PipelineError(
@@ -161,7 +161,7 @@ def decide(
     if champion:
         scores["champion"] = champion.summary()
         stacks = (torch.stack(champion.confusions), torch.stack(candidate.confusions))
-        comparison = compare(*stacks, candidate.classes, settings.bootstrap)
+        comparison = compare(*stacks, candidate.classes)
         checks = relative_checks(comparison, champion.seconds, candidate.seconds, settings) + checks
     promoted = promotes(checks, forced)
     return decision | {
@@ -174,25 +174,33 @@ def decide(
     }
 
 
-def _measure(version: ModelVersion, candidate: _Scored, champion: _Scored | None, pairs: Iterable[Pair]) -> str | None:
+def _measure(version: ModelVersion, candidate: Scored, champion: Scored | None, pairs: Iterable[Pair]) -> str | None:
     """Score on each pair, side by side; then why the stored candidate does not give the same masks, if so."""
-    models = [champion, candidate] if champion else [candidate]
-    first: list[bytes] = []
     photos = version.tags.get("photos", "")  # how many it was evaluated on
     total = int(photos) if photos.isdecimal() else None
     with Progress("promote: score", total, "photo") as progress:
-        for number, (photo_bytes, mask_bytes) in enumerate(pairs):
-            photo, truth = read_photo(photo_bytes)[0], read_mask(mask_bytes)
-            if number == 0:
-                for model in models:  # what is done only once is in nobody's time
-                    model.predictor.mask(photo)
-            models.reverse()  # neither of them always finds the caches warm
-            for model in models:
-                model.score(photo, truth)
-            if number < REPRODUCED:
-                first.append(photo_bytes)
-            progress.advance()
+        first = score_in_turn([champion, candidate] if champion else [candidate], pairs, progress.advance)
     return _reproduction_failure(version, first, candidate.masks)
+
+
+def score_in_turn(models: Sequence[Scored], pairs: Iterable[Pair], advance: Callable[[], None]) -> list[bytes]:
+    """Each model on each pair, one right after the other; who begins changes with every photo.
+
+    Returns:
+        The first `REPRODUCED` photos.
+    """
+    first: list[bytes] = []
+    for number, (photo_bytes, mask_bytes) in enumerate(pairs):
+        photo, truth = read_photo(photo_bytes)[0], read_mask(mask_bytes)
+        if number == 0:
+            for model in models:  # what is done only once is in nobody's time
+                model.predictor.mask(photo)
+        for model in models if number % 2 else reversed(models):  # neither of them always finds the caches warm
+            model.score(photo, truth)
+        if number < REPRODUCED:
+            first.append(photo_bytes)
+        advance()
+    return first
 
 
 def _reproduction_failure(version: ModelVersion, photos: list[bytes], masks: list[Pixels]) -> str | None:

@@ -134,7 +134,8 @@ def _log_run(client: MlflowClient, files: Path, tags: Mapping[str, str], run_id:
     Returns:
         The scores, as tags for a version.
     """
-    metrics = flatten(json.loads((files / EVALUATION / "metrics.json").read_text(encoding="utf-8")))
+    scores = flatten(json.loads((files / EVALUATION / "metrics.json").read_text(encoding="utf-8")))
+    metrics = {key: value for key, value in scores.items() if not isinstance(value, str)}  # MLflow's are numbers
     params = flatten(YAML(typ="safe").load((files / "params.yaml").read_text(encoding="utf-8")))
     client.log_batch(
         run_id,

@@ -26,6 +26,7 @@ from segmentation.evaluation import WORST, rank
 from segmentation.figures import draw_curves
 from segmentation.files import atomic_path
 from segmentation.images import Pixels, mask_image, read_mask, read_photo, resize_mask, resize_photo
+from segmentation.intervals import CLASS_PHOTOS, PHOTOS
 from segmentation.settings import Settings
 from segmentation.verdict import caveat
 from segmentation.voc import VOID, VocFolder, palette
@@ -125,6 +126,8 @@ def write_report(
         panel_legend=_legend(shown, card["classes"]),
         settings=settings.model_dump(by_alias=True),
         shown_classes=SHOWN_CLASSES,
+        interval_photos=PHOTOS,
+        interval_class_photos=CLASS_PHOTOS,
         packages={name: version(name) for name in PACKAGES},
     )
     with atomic_path(path) as temporary:

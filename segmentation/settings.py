@@ -125,7 +125,6 @@ class EvaluateSettings(Section):
     flip: bool
     scales: list[Annotated[float, Field(ge=0.25, le=4)]] = Field(min_length=1)
     sliding_window: bool
-    bootstrap: int = Field(ge=1)
 
     @model_validator(mode="after")
     def _no_scale_counts_twice(self) -> EvaluateSettings:
@@ -138,7 +137,6 @@ class PromoteSettings(Section):
     min_gain: float = Field(ge=-1, le=1)
     max_class_drop: float = Field(ge=0, le=1)
     max_latency_ratio: float = Field(gt=0)
-    bootstrap: int = Field(ge=1, le=50_000)
 
 
 class Settings(Section):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import platform
 import shutil
 import time
@@ -33,7 +34,7 @@ from segmentation.files import atomic_path, sha256_file, sha256_json, write_json
 from segmentation.images import mask_image
 from segmentation.losses import cross_entropy, dice, focal, lovasz_softmax, median_frequency_weights
 from segmentation.metrics import confusion_matrices, miou, pixel_accuracy, report_miou
-from segmentation.model import ModelCard, Segmenter
+from segmentation.model import ModelCard, Segmenter, name_some, not_finite
 from segmentation.optimisation import AveragedWeights, optimiser, precision, schedule
 from segmentation.progress import Progress, on_terminal
 from segmentation.settings import EncoderSettings, Settings, TrainSettings
@@ -46,6 +47,7 @@ CODE = (
 )  # fmt: skip
 PACKAGES = ("lightning", "pillow", "segmentation-models-pytorch", "timm", "torch", "torchvision")
 PANEL_PHOTOS = 4
+UNCHECKED_STEPS = 50  # on a GPU: to look whether a loss is finite waits for it
 
 Batch = tuple[Tensor, Tensor, tuple[str, ...]]
 
@@ -70,13 +72,18 @@ def train(
         scratch: untracked folder.
 
     Raises:
-        PipelineError: weights that cannot be had, features of other weights or photos, a loss that is not finite, too
-            little memory, or the same training already running.
+        PipelineError: weights that cannot be had, features of other weights or photos, a loss, logits or weights
+            that are not finite, no labelled val pixel, too little memory, or the same training already running.
     """
     L.seed_everything(settings.train.seed, workers=True, verbose=False)
     card = model_card(settings, classes)
     model = model_files.build(card)
     load_weights(model.encoder, settings.encoder.pretrained, checkpoint_path(settings.encoder))
+    if found := not_finite(model.state_dict()):
+        raise PipelineError(
+            f"train: the encoder's weights are not finite before the first step: {name_some(found)}; take others than "
+            f"those of {card.encoder_weights}"
+        )
     for note in settings.without_effect():
         print(f"warning: {note}", flush=True)
     kept = open_features(features, model.encoder, card.image_size, processed / "manifest.parquet")
@@ -117,7 +124,7 @@ class TrainingTask(L.LightningModule):
         model: what is trained.
         settings: section `train`.
         class_weights: of cross-entropy, `[C]`, or None.
-        folder: where the ids of a batch without a finite loss are left.
+        folder: where `not_finite.json` is left, with the ids of the batch behind a loss or weights that are not finite.
     """
 
     strict_loading = False
@@ -141,21 +148,56 @@ class TrainingTask(L.LightningModule):
         self.best: dict[str, Any] = {"miou": -1.0, "epoch": 0, "state": {}}
         self._losses: list[Tensor] = []
         self._confusions: list[Tensor] = []
+        self._unchecked: list[tuple[tuple[str, ...], Tensor]] = []  # ids and loss of steps
+        self._last_ids: tuple[str, ...] = ()
+        self._unchecked_logits: list[tuple[tuple[str, ...], Tensor]] = []  # ids, and whether they are finite
 
     def training_step(self, batch: Batch, _: int) -> Tensor:
         inputs, masks, ids = batch
         self._lr = self.trainer.optimizers[0].param_groups[0]["lr"]  # after the step it is that of the next one
         logits = self._logits(inputs, masks)
         loss = torch.stack([weight * function(logits, masks) for weight, function in self.losses]).sum()
-        if not torch.isfinite(loss):
-            record = self.folder / "not_finite.json"
-            write_json(record, {"loss": str(loss.item()), "epoch": self.current_epoch + 1, "ids": list(ids)})
-            raise PipelineError(
-                f"train: the loss is {loss.item()} for {', '.join(ids)} (kept in {record}); "
-                "lower train.lr, or set train.gradient_clip: 1.0"
-            )
         self._losses.append(loss.detach())
+        self._unchecked.append((ids, loss.detach()))
+        if len(self._unchecked) >= self.looks_after():
+            self._check_losses()
         return loss
+
+    def looks_after(self) -> int:
+        """How many steps' losses are looked at together."""
+        return 1 if self.device.type == "cpu" else UNCHECKED_STEPS
+
+    def _check_losses(self) -> None:
+        """Of the steps since the last check; the first that is not finite is named."""
+        unchecked, self._unchecked = self._unchecked, []
+        losses = torch.stack([loss for _, loss in unchecked]).tolist() if unchecked else []
+        for (ids, _), loss in zip(unchecked, losses, strict=True):
+            self._last_ids = ids
+            if not math.isfinite(loss):
+                raise self._not_finite(f"the loss is {loss} for {', '.join(ids)}", ids, loss=str(loss))
+
+    def _check_weights(self) -> None:
+        """A finite loss may have a gradient that is not."""
+        named = self._trained_state() | {f"average of {key}": value for key, value in self._averages().items()}
+        if found := not_finite(named):
+            what = f"the weights are not finite after epoch {self.current_epoch + 1} ({name_some(found)})"
+            raise self._not_finite(
+                f"{what}; its last photos: {', '.join(self._last_ids)}", self._last_ids, weights=found
+            )
+
+    def _check_logits(self) -> None:
+        unchecked, self._unchecked_logits = self._unchecked_logits, []
+        finite = torch.stack([fine for _, fine in unchecked]).tolist() if unchecked else []
+        for (ids, _), fine in zip(unchecked, finite, strict=True):
+            if not fine:
+                raise self._not_finite(
+                    f"the logits are not finite in validation for {', '.join(ids)}", ids, logits=True
+                )
+
+    def _not_finite(self, what: str, ids: Sequence[str], **found: Any) -> PipelineError:
+        record = self.folder / "not_finite.json"
+        write_json(record, {**found, "epoch": self.current_epoch + 1, "ids": list(ids)})
+        return PipelineError(f"train: {what} (kept in {record}); lower train.lr, or set train.gradient_clip: 1.0")
 
     def _logits(self, inputs: Tensor, masks: Tensor) -> Tensor:
         """Of photos `[B, 3, S, S]` uint8, or of their kept tokens."""
@@ -177,16 +219,20 @@ class TrainingTask(L.LightningModule):
             self.averaged.update(self._trained_state())
 
     def on_validation_epoch_start(self) -> None:
+        self._check_losses()
+        self._check_weights()
         if self.averaged is not None:
             self.averaged.swap(self._trained_state())
 
     def on_validation_epoch_end(self) -> None:
+        self._check_logits()
         if self.averaged is not None:
             self.averaged.swap(self._trained_state())
 
     def validation_step(self, batch: Batch, _: int) -> Tensor:
-        inputs, masks, _ids = batch
+        inputs, masks, ids = batch
         logits = self._logits(inputs, masks)
+        self._unchecked_logits.append((ids, logits.isfinite().all()))  # the best class of NaN would be one all the same
         prediction = logits.argmax(1)
         self._confusions.append(confusion_matrices(prediction, masks, logits.shape[1]))
         return prediction
@@ -194,6 +240,10 @@ class TrainingTask(L.LightningModule):
     def on_train_epoch_end(self) -> None:
         """Lightning has validated by now: close the epoch's row, before `ModelCheckpoint` saves it."""
         confusions = torch.cat(self._confusions).cpu()
+        if not confusions.any():
+            raise PipelineError(
+                "train: no mask of the val split has a labelled pixel, so no epoch can be scored; add some"
+            )
         row = {
             "epoch": self.current_epoch + 1,
             "train_loss": torch.stack(self._losses).mean().item(),
@@ -239,7 +289,10 @@ class TrainingTask(L.LightningModule):
 
     def validated_state(self) -> dict[str, Tensor]:
         """The weights that validation sees: the averaged ones, where there are any."""
-        return self._trained_state() if self.averaged is None else self.averaged.average
+        return self._averages() or self._trained_state()
+
+    def _averages(self) -> dict[str, Tensor]:
+        return {} if self.averaged is None else self.averaged.average
 
     def _trained_state(self) -> dict[str, Tensor]:
         frozen = {name for name, parameter in self.model.named_parameters() if not parameter.requires_grad}

@@ -28,7 +28,7 @@ from segmentation.preprocess import preprocess
 from segmentation.settings import EvaluateSettings
 from segmentation.voc import VocFolder
 
-SETTINGS = EvaluateSettings(panels=2, flip=False, scales=[1.0], sliding_window=False, bootstrap=100)
+SETTINGS = EvaluateSettings(panels=2, flip=False, scales=[1.0], sliding_window=False)
 WRITTEN = [
     "best.png", "confusion.png", "metrics.json", "panels.png", "per_class.csv", "per_class.png", "per_image.csv",
     "per_image_confusion.npz", "reliability.csv", "reliability.png", "worst.png",

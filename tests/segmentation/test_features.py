@@ -246,3 +246,41 @@ def test_evaluation_from_kept_features_is_that_of_the_photos_to_the_bit(project,
         )  # fmt: skip
     kept, computed = (np.load(tmp_path / f"reports-{n}/per_image_confusion.npz") for n in ("features", "none"))
     assert all(np.array_equal(kept[key], computed[key]) for key in kept)
+
+
+def test_the_number_of_photos_in_a_shard_is_kept_and_another_is_refused_and_made_anew(
+    project, tmp_path, monkeypatch, capsys
+):
+    settings, manifest = project(), tmp_path / "processed/manifest.parquet"
+    folder, encoder = run(tmp_path, settings), encoder_of(settings)
+    wanted = [open_features(folder, encoder, 56, manifest).tokens("val", position) for position in range(5)]
+    assert json.loads((folder / "features.json").read_text())["shard_photos"] == 2
+    monkeypatch.setattr(module, "SHARD_PHOTOS", 3)
+    with pytest.raises(PipelineError, match=r"made with another shard_photos; make it anew: dvc repro --force encode"):
+        open_features(folder, encoder, 56, manifest)
+    capsys.readouterr()
+    kept = open_features(run(tmp_path, settings, "anew"), encoder, 56, manifest)
+    assert "4 of 4 shards new" in capsys.readouterr().out
+    for position, tokens in enumerate(wanted):
+        assert torch.equal(kept.tokens("val", position), tokens)
+
+
+def test_a_shard_that_is_not_laid_out_as_the_card_says_is_refused(project, tmp_path):
+    settings, manifest = project(), tmp_path / "processed/manifest.parquet"
+    folder = run(tmp_path, settings)
+    kept, shard = open_features(folder, encoder_of(settings), 56, manifest), folder / "val_0001.npy"
+    whole = np.load(shard)
+    for other in (
+        whole.astype(np.float32),
+        whole[:, :, :, 1:],
+        whole[..., :-1],
+        np.concatenate([whole, whole], axis=1),
+        np.concatenate([whole, whole]),
+        whole[:0],
+    ):
+        shard.unlink()  # it is linked to the store
+        np.save(shard, other)
+        with pytest.raises(PipelineError, match=r"val_0001\.npy: .*; make it anew: dvc repro --force encode"):
+            kept.tokens("val", 2)
+    with pytest.raises(PipelineError, match=r"lacks photo 0, view 1"):
+        kept.tokens("train", 0, mirrored=True)  # nothing was mirrored

@@ -180,3 +180,14 @@ def test_median_frequency_weights_by_hand():
     weights = median_frequency_weights(torch.tensor([[500, 400, 0, 100], [1100, 0, 0, 100]]))
     frequency = [1600 / 2200, 400 / 1000, 200 / 2200]
     assert weights.tolist() == pytest.approx([0.4 / frequency[0], 1.0, 0.0, 0.4 / frequency[2]])
+
+
+@pytest.mark.parametrize("loss", [lovasz_softmax, cross_entropy, dice, focal])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("void", [False, True])
+def test_of_logits_that_are_not_finite_no_loss_is(loss, value, void):
+    logits, mask = random_case(0, size=8)
+    logits[0, 3, 2, 2] = value
+    if void:
+        mask[:] = 255
+    assert not torch.isfinite(loss(logits, mask))

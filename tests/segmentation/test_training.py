@@ -1,4 +1,5 @@
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -6,17 +7,19 @@ import signal
 import threading
 import time
 
+import numpy as np
 import pandas as pd
 import pytest
+import timm
 import torch
 from filelock import FileLock
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from segmentation import model as model_files
 from segmentation import progress
 from segmentation.errors import PipelineError
 from segmentation.features import encode
-from segmentation.images import read_mask
+from segmentation.images import mask_image, read_mask
 from segmentation.preprocess import preprocess
 from segmentation.sample import draw_sample
 from segmentation.settings import Settings, load_settings
@@ -198,13 +201,120 @@ def test_the_same_training_twice_at_once_is_refused(project, tmp_path):
         run(tmp_path, settings(project, epochs=1))
 
 
-def test_a_loss_that_is_not_finite_names_the_photos_and_keeps_their_ids(project, tmp_path, monkeypatch):
-    monkeypatch.setattr("segmentation.training.lovasz_softmax", lambda logits, mask: logits.sum() * float("nan"))
-    with pytest.raises(PipelineError, match=r"the loss is nan for train\d.*kept in .*not_finite\.json"):
-        run(tmp_path, settings(project))
+LOSSES = ["lovasz_softmax", "cross_entropy", "dice", "focal"]
+
+
+def poison(monkeypatch, at_step: int, value: float = math.nan):
+    """From its `at_step`-th step on, counted from 0, a training has one weight of its head that is no number."""
+    original = TrainingTask.training_step
+
+    def step(task, batch, index):
+        if task.global_step == at_step:
+            with torch.no_grad():
+                task.model.decoder.head.weight[0, 0] = value
+        return original(task, batch, index)
+
+    monkeypatch.setattr(TrainingTask, "training_step", step)
+
+
+def nothing_is_written(tmp_path, out="out") -> dict:
+    """What `not_finite.json` says, where neither a model nor a checkpoint is beside it."""
+    assert not list((tmp_path / out).rglob("*.*"))
+    assert not list((tmp_path / "scratch").rglob("*.ckpt"))
     (record,) = (tmp_path / "scratch/checkpoints").glob("*/not_finite.json")
-    kept = json.loads(record.read_text())
-    assert (kept["loss"], kept["epoch"], len(kept["ids"])) == ("nan", 1, 2)
+    return json.loads(record.read_text())
+
+
+@pytest.mark.parametrize(("loss", "value"), [*((loss, math.nan) for loss in LOSSES), (LOSSES[0], math.inf)])
+def test_weights_that_are_not_finite_stop_every_loss_and_the_photos_are_named(
+    project, tmp_path, monkeypatch, loss, value
+):
+    poison(monkeypatch, 1, value)
+    chosen = dict.fromkeys(LOSSES, 0.0) | {loss: 1.0}
+    with pytest.raises(PipelineError, match=r"train: the loss is (nan|inf) for train\d.*kept in .*not_finite\.json"):
+        run(tmp_path, settings(project, **chosen))
+    kept = nothing_is_written(tmp_path)
+    assert (kept["loss"] in ("nan", "inf"), kept["epoch"], len(kept["ids"])) == (True, 1, 2)
+
+
+def test_where_losses_are_looked_at_seldom_the_first_bad_step_is_named_all_the_same(project, tmp_path, monkeypatch):
+    """As on a GPU: the ids of the steps between are kept."""
+    seen = []
+    original = TrainingTask.training_step
+
+    def step(task, batch, index):
+        seen.append(list(batch[2]))
+        return original(task, batch, index)
+
+    monkeypatch.setattr(TrainingTask, "training_step", step)
+    monkeypatch.setattr(TrainingTask, "looks_after", lambda self: 50)
+    poison(monkeypatch, 1)
+    with pytest.raises(PipelineError, match="the loss is nan for train"):
+        run(tmp_path, settings(project))
+    assert len(seen) == 3
+    assert nothing_is_written(tmp_path)["ids"] == seen[1]
+
+
+@pytest.mark.parametrize("ema", [None, 0.9])
+def test_a_last_step_that_ruins_the_weights_leaves_no_checkpoint(project, tmp_path, monkeypatch, ema):
+    """The loss of an epoch's last step is finite, and its gradient is not."""
+    original = TrainingTask.configure_gradient_clipping
+
+    def ruin(task, optimizer, **clipping):
+        if task.global_step == 2:
+            task.model.decoder.head.bias.grad[1] = math.inf
+        return original(task, optimizer, **clipping)
+
+    monkeypatch.setattr(TrainingTask, "configure_gradient_clipping", ruin)
+    with pytest.raises(PipelineError, match=r"the weights are not finite after epoch 1 \(.*decoder\.head\.bias"):
+        run(tmp_path, settings(project, ema_decay=ema))
+    kept = nothing_is_written(tmp_path)
+    assert "decoder.head.bias" in kept["weights"]
+    assert len(kept["ids"]) == 2
+
+
+def test_a_learning_rate_that_is_far_too_high_is_named_as_such(project, tmp_path):
+    with pytest.raises(PipelineError, match=r"not_finite\.json\); lower train\.lr, or set train\.gradient_clip: 1\.0"):
+        run(tmp_path, settings(project, lr=1e30))
+    nothing_is_written(tmp_path)
+
+
+def test_logits_that_overflow_in_validation_are_no_prediction(project, tmp_path, monkeypatch):
+    """Weights are finite, and so is the loss; what validation computes from them is not."""
+    original = TrainingTask._logits
+
+    def logits(task, inputs, masks):
+        found = original(task, inputs, masks)
+        return found if task.training else found * 1e38 * 1e38
+
+    monkeypatch.setattr(TrainingTask, "_logits", logits)
+    with pytest.raises(PipelineError, match=r"the logits are not finite in validation for val0, val1"):
+        run(tmp_path, settings(project))
+    assert nothing_is_written(tmp_path)["ids"] == ["val0", "val1"]
+
+
+def test_an_encoder_file_with_nan_is_refused_before_anything_is_computed(project, tmp_path):
+    """At `encode` where a frozen block has it, at `train` where a trained one has."""
+    for block, message in (
+        (3, r"encode: the tokens are not finite"),
+        (11, r"weights are not finite before the first step: enc"),
+    ):
+        weights = timm.create_model("vit_small_patch14_dinov2", img_size=56).state_dict()
+        weights[f"blocks.{block}.mlp.fc1.weight"][0, 0] = math.nan
+        file = tmp_path / f"block{block}.safetensors"
+        save_file(weights, file)
+        chosen = load_settings(project, BASE | {"encoder.checkpoint": str(file), "encoder.pretrained": True})
+        with pytest.raises(PipelineError, match=message):
+            run(tmp_path, chosen)
+        assert not list((tmp_path / "out").rglob("*.*"))
+        assert bool(list(tmp_path.rglob("train_0000.npy"))) == (block == 11)  # no tokens of NaN are kept
+
+
+def test_a_val_split_without_a_labelled_pixel_is_no_score(project, tmp_path):
+    for mask in (tmp_path / "data/processed/masks").glob("val*.png"):
+        mask_image(np.full_like(read_mask(mask), 255)).save(mask)
+    with pytest.raises(PipelineError, match="no mask of the val split has a labelled pixel"):
+        run(tmp_path, settings(project))
 
 
 @pytest.mark.parametrize(

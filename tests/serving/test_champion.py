@@ -1,6 +1,5 @@
 """What the server does when the champion moves, cannot be loaded, cannot be asked for, or is not there."""
 
-import math
 import sqlite3
 import threading
 import time
@@ -71,7 +70,7 @@ def test_tags_and_aliases_of_the_champion_are_those_of_now(store, server):
 def test_a_champion_without_finite_logits_is_not_taken(store, server, tmp_path):
     body = photo(91, 64, 1)
     with store.here():
-        broken = register_random(tmp_path, CARD, 3, scale=math.nan)
+        broken = register_random(tmp_path, CARD, 3, scale=1e38)
     try:
         store.crown(broken)
         said = await_health(server, "degraded")
