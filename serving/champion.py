@@ -106,9 +106,11 @@ class Champion:
             self._check(predictor)
             return Served(entry, predictor, self._metrics(entry.run_id))
         except Exception as error:  # a foreign or damaged model can fail in any way
+            name = f"models:/{MODEL_NAME}/{entry.version}"
+            said = str(error) if isinstance(error, PipelineError) else f"{type(error).__name__}: {error}"
+            said = said.removeprefix(f"{name}: ")
             raise PipelineError(
-                f"models:/{MODEL_NAME}/{entry.version}, the champion, cannot be served "
-                f"({type(error).__name__}: {error}); move the alias to a version that can be"
+                f"{name}, the champion, cannot be served ({said}); move the alias to a version that can be"
             ) from error
 
     def _metrics(self, run_id: str | None) -> dict[str, float]:
