@@ -72,7 +72,7 @@ def predict_folder(source: Path, out: Path, which: str, overlays: bool) -> dict[
     with lines_to(log.info):
         outcome = predict_photos(load_predictor(version), version, source, out, overlays, progress)
     if outcome.left_out:
-        log.warning("%s; %s has all names", describe(outcome.left_out), out / LEFT_OUT)
+        log.warning("%s; all names: %s", describe(outcome.left_out), out / LEFT_OUT)
     if outcome.failed:
         log.warning("%d photos failed; column `error` of %s says why", outcome.failed, outcome.table)
     return {
@@ -91,7 +91,7 @@ def main(source: str, out: str | None, version: str, overlays: bool) -> None:
         result = predict(source, out, version, overlays)
     print(
         f"\n  photos   {result['photos']}: {result['failed']} failed, {result['done_before']} were done before; "
-        f"{result['left_out']} other files were left out\n"
+        f"{result['left_out']} others left out\n"
         f"  table    {result['table']}\n"
     )
 

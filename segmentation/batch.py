@@ -119,7 +119,7 @@ def describe(left_out: Sequence[str]) -> str:
     parts = []
     for kind, names in sorted(kinds.items(), key=lambda one: -len(one[1])):
         parts.append(f"{len(names):,} {_line(kind)} ({', '.join(map(_line, names[:3]))}{', …' if names[3:] else ''})")
-    return f"{len(left_out):,} files are not named as JPEG or PNG photos and are left out: {', '.join(parts)}"
+    return f"{len(left_out):,} left out, not named as JPEG or PNG: {', '.join(parts)}"
 
 
 def _real(path: Path) -> Path:

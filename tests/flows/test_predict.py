@@ -57,22 +57,22 @@ def test_by_hand_it_goes_on_without_a_server(checkout, photos, root):
     command = [sys.executable, "-m", "flows.predict", str(photos), "--out", "masks", "--version", "1"]
     done = subprocess.run(command, cwd=checkout, env=environment(), text=True, capture_output=True, check=True)
     count = len(list(photos.iterdir()))
-    assert f"photos   {count}: 1 failed, {count - 1} were done before; 1 other files were left out" in done.stdout
-    assert "1 files are not named as JPEG or PNG photos and are left out: 1 .webp (a.webp)" in done.stderr
+    assert f"photos   {count}: 1 failed, {count - 1} were done before; 1 others left out" in done.stdout
+    assert "1 left out, not named as JPEG or PNG: 1 .webp (a.webp); all names: " in done.stderr
 
 
 def test_another_folder_of_the_same_name_is_refused_and_the_first_table_stays(checkout, photos, tmp_path):
-    table = Path(predict(str(photos))["table"])
+    for name in ("a/photos/one.jpg", "b/photos/two.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_bytes((photos / "val_001.jpg").read_bytes())
+    first, other = tmp_path / "a/photos", tmp_path / "b/photos"
+    table = Path(predict(str(first))["table"])
+    assert table.parent == checkout / "runs/predictions/photos"
     before = table.read_bytes()
-    other = tmp_path / "other/JPEGImages"
-    other.mkdir(parents=True)
-    (other / "only_here.jpg").write_bytes((photos / "val_001.jpg").read_bytes())
-    with pytest.raises(
-        PipelineError, match=rf"has the masks of .*; choose another folder for those of {other} \(--out\)"
-    ):
+    with pytest.raises(PipelineError, match=rf"has the masks of {first}; choose .* of {other} \(--out\)"):
         predict(str(other))
     assert table.read_bytes() == before
-    assert not (table.parent / "masks/only_here.jpg.png").exists()
+    assert [path.name for path in (table.parent / "masks").iterdir()] == ["one.jpg.png"]
     assert predict(str(other), "elsewhere")["photos"] == 1
 
 
