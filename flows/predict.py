@@ -90,8 +90,8 @@ def main(source: str, out: str | None, version: str, overlays: bool) -> None:
     with by_hand():
         result = predict(source, out, version, overlays)
     print(
-        f"\n  photos   {result['photos']}: {result['failed']} failed, {result['done_before']} were done before; "
-        f"{result['left_out']} others left out\n"
+        f"\n  photos   {result['photos']}: {result['failed']} failed, {result['done_before']} were done before\n"
+        f"  left out {result['left_out']} other files\n"
         f"  table    {result['table']}\n"
     )
 
