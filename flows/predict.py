@@ -7,6 +7,7 @@ if __name__ == "__main__":  # before Prefect is imported, which takes seconds an
 
     ARGUMENTS = command_line.read(command_line.predict)
 
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE
 
 from flows.local import by_hand
+from segmentation.errors import PipelineError
 from segmentation.paths import project_root
 from segmentation.progress import lines_to
 
@@ -33,15 +35,25 @@ def predict(source: str, out: str | None = None, version: str = "champion", over
         version: the model that predicts, by alias (champion, challenger, previous) or by version number.
         overlays: also write each photo with its mask over it, half transparent.
     """
-    photos = Path(source)
-    folder = Path(out) if out else project_root() / "runs" / "predictions" / photos.resolve().name
-    return predict_folder(photos, folder, version, overlays)
+    if not source.strip():
+        raise PipelineError("source: is empty; give a folder of photos, or a text file with one path a line")
+    photos = _expanded(source)
+    default = project_root() / "runs" / "predictions" / Path(os.path.realpath(photos)).name
+    return predict_folder(photos, _expanded(out) if out else default, version, overlays)
+
+
+def _expanded(text: str) -> Path:
+    """With `~` expanded, which no shell does in a deployment's parameters."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:  # there is no such account
+        raise PipelineError(f"{text}: {error}; write the whole path") from None
 
 
 @task(cache_policy=NO_CACHE)
 def predict_folder(source: Path, out: Path, which: str, overlays: bool) -> dict[str, Any]:
     """All photos, one after the other, with a progress artifact."""
-    from segmentation.batch import predict_photos
+    from segmentation.batch import LEFT_OUT, describe, predict_photos
     from segmentation.client import MODEL_NAME, connect
     from segmentation.versions import find_version, load_predictor
 
@@ -59,6 +71,8 @@ def predict_folder(source: Path, out: Path, which: str, overlays: bool) -> dict[
 
     with lines_to(log.info):
         outcome = predict_photos(load_predictor(version), version, source, out, overlays, progress)
+    if outcome.left_out:
+        log.warning("%s; all names: %s", describe(outcome.left_out), out / LEFT_OUT)
     if outcome.failed:
         log.warning("%d photos failed; column `error` of %s says why", outcome.failed, outcome.table)
     return {
@@ -66,6 +80,7 @@ def predict_folder(source: Path, out: Path, which: str, overlays: bool) -> dict[
         "photos": outcome.photos,
         "failed": outcome.failed,
         "done_before": outcome.done_before,
+        "left_out": len(outcome.left_out),
         "table": str(outcome.table),
     }
 
@@ -76,6 +91,7 @@ def main(source: str, out: str | None, version: str, overlays: bool) -> None:
         result = predict(source, out, version, overlays)
     print(
         f"\n  photos   {result['photos']}: {result['failed']} failed, {result['done_before']} were done before\n"
+        f"  left out {result['left_out']} other files\n"
         f"  table    {result['table']}\n"
     )
 

@@ -67,7 +67,10 @@ def evaluate(
     Raises:
         PipelineError: the model cannot be loaded, or no val mask has a labelled pixel.
     """
-    predictor = Predictor.load(models, Augmentation(settings.flip, tuple(settings.scales), settings.sliding_window))
+    try:
+        predictor = Predictor.load(models, Augmentation(settings.flip, tuple(settings.scales), settings.sliding_window))
+    except PipelineError as unusable:
+        raise PipelineError(f"{unusable}; run train (`dvc repro`)") from None
     folder, classes, ids = VocFolder(raw), predictor.card.classes, split_ids(manifest, "val")
     kept = None
     if predictor.augmentation == Augmentation():

@@ -104,20 +104,23 @@ def load(folder: Path) -> tuple[Segmenter, ModelCard]:
     """Read both files back; the model is in eval mode on the CPU.
 
     Raises:
-        PipelineError: a file is missing, damaged, or the two do not belong together; a weight is NaN or infinite.
+        PipelineError: a file is missing, damaged, or the two do not belong together; a weight is NaN or infinite. What
+            to do about it, the caller knows: it depends on where the files come from.
     """
     card_file, weights_file = folder / "segmenter.json", folder / "segmenter.safetensors"
     try:
         values: Any = json.loads(card_file.read_text(encoding="utf-8"))
         card = ModelCard.model_validate(values)
         if sha256_file(weights_file) != card.weights_sha256:
-            raise PipelineError(f"{weights_file}: not the weights that {card_file.name} describes; run train again")
+            raise PipelineError(f"{weights_file}: not the weights that {card_file.name} describes")
         model = build(card)
         model.load_state_dict(load_file(weights_file))
     except FileNotFoundError as error:
-        raise PipelineError(f"{error.filename}: not found; run train (`dvc repro`) first") from None
+        raise PipelineError(f"{error.filename}: not found") from None
     except (json.JSONDecodeError, ValidationError, SafetensorError) as error:
         raise PipelineError(f"{folder}: damaged model files: {error}") from None
+    except RuntimeError:  # torch's, with all keys that it found and missed
+        raise PipelineError(f"{weights_file}: not of the model that {card_file.name} describes") from None
     _require_finite(model, weights_file, "its masks would be wrong")
     return model.eval(), card
 

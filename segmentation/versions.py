@@ -10,6 +10,7 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from segmentation.client import MODEL_NAME, answering
 from segmentation.errors import PipelineError
@@ -44,16 +45,31 @@ def load_predictor(version: ModelVersion) -> Predictor:
     The version's weights run in this checkout's code; the code that is stored with them is for bare environments.
 
     Raises:
-        PipelineError: its files cannot be had, are damaged, or are of a model that this code cannot build.
+        PipelineError: its files cannot be downloaded, are missing or damaged, or are of a model that this code cannot
+            build; the message names the version, and the file by its place in the artifact store.
     """
+    name = f"models:/{MODEL_NAME}/{version.version}"
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            with Progress(f"download models:/{MODEL_NAME}/{version.version}"):
-                folder = Path(
-                    mlflow.artifacts.download_artifacts(f"models:/{MODEL_NAME}/{version.version}", dst_path=scratch)
-                )
+            stored = MlflowClient().get_model_version_download_uri(MODEL_NAME, str(version.version))
+            with Progress(f"download {name}"):
+                folder = Path(mlflow.artifacts.download_artifacts(name, dst_path=scratch))
         except (MlflowException, OSError) as error:
-            raise PipelineError(f"models:/{MODEL_NAME}/{version.version}: cannot be had: {error}") from None
-        flavour = YAML(typ="safe").load((folder / "MLmodel").read_text(encoding="utf-8"))["flavors"]["python_function"]
-        augmentation = Augmentation.from_config(flavour["config"])
-        return Predictor.load(folder / flavour["artifacts"]["model"]["path"], augmentation)
+            raise PipelineError(f"{name}: its files cannot be downloaded: {error}") from None
+        try:
+            return Predictor.load(*_stored(folder))
+        except PipelineError as error:
+            said = str(error).replace(str(folder), stored.rstrip("/"))
+            raise PipelineError(f"{name}: {said}; put its files back, or use another version") from None
+
+
+def _stored(folder: Path) -> tuple[Path, Augmentation]:
+    """Where a version's model lies in its folder, and how it was evaluated."""
+    file = folder / "MLmodel"
+    try:
+        flavor = YAML(typ="safe").load(file.read_text(encoding="utf-8"))["flavors"]["python_function"]
+        return folder / flavor["artifacts"]["model"]["path"], Augmentation.from_config(flavor["config"])
+    except FileNotFoundError:
+        raise PipelineError(f"{file}: not found") from None
+    except (YAMLError, UnicodeDecodeError, TypeError, KeyError):
+        raise PipelineError(f"{file}: not of a model that this project registered") from None

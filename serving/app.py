@@ -25,7 +25,8 @@ from serving.worker import Worker
 
 PAGE = Path(__file__).with_name("page.html")
 PHOTO_TYPES = ("image/jpeg", "image/png")
-ANY_TYPE = "application/octet-stream"  # taken, too; but not every such body is a photo, so OpenAPI has it in words only
+# taken, too; but not every such body is a photo, so OpenAPI has them in words only
+BYTES_TYPES = ("application/octet-stream", "binary/octet-stream")
 ANSWER_TYPES = ("image/png", "application/json")
 VERSION_HEADER = "Model-Version"
 BINARY = {"schema": {"type": "string", "format": "binary"}}
@@ -92,16 +93,22 @@ def create_app(champion: Champion, worker: Worker) -> FastAPI:
     async def segment(request: Request) -> Response:
         """The mask of a photo, or what is in it.
 
-        The body is a JPEG or PNG photo; which of them, its bytes say, so `application/octet-stream` will do as well.
+        The body is a JPEG or PNG photo; which of them, its bytes say, so every `image/…` and `application/octet-stream`
+        will do as well.
         The mask is a palette PNG of class ids, of the upright photo's size. With `Accept: application/json` the answer
         is the classes and their shares instead.
         """
         wanted = preferred(request.headers.get("accept", "*/*"), ANSWER_TYPES)
         if wanted is None:
             raise Refused(406, f"Accept: the answer is {' or '.join(ANSWER_TYPES)}")
-        sent = request.headers.get("content-type", ANY_TYPE).partition(";")[0].strip().lower()
-        if sent not in (*PHOTO_TYPES, ANY_TYPE):
-            raise Refused(415, f"Content-Type: a photo is {', '.join(PHOTO_TYPES)} or {ANY_TYPE}")
+        sent = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        # the types that a page of another site may send unasked are not among those taken
+        if sent and not sent.startswith("image/") and sent not in BYTES_TYPES:
+            raise Refused(
+                415,
+                f"Content-Type: {sent[:80]!r} was sent; send the photo alone, as {', '.join(PHOTO_TYPES)} or "
+                f"{BYTES_TYPES[0]}",
+            )
         async with bodies.read(request) as body:
             served, mask, png = await worker.segment(body, champion, request.receive)
         headers = {VERSION_HEADER: served.version}

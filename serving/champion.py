@@ -50,7 +50,7 @@ class Champion:
     def __init__(self, check: Callable[[Predictor], None]) -> None:
         self._check = check
         self._client = connect()
-        self._failed: tuple[str, float, PipelineError] | None = None
+        self._failed: tuple[tuple[str, str | None], float, PipelineError] | None = None
         self.served = self._load(find_version(self._client, ALIAS))
         self.trouble: str | None = None  # shown to everybody: the log says more
 
@@ -71,8 +71,8 @@ class Champion:
         try:
             entry = find_version(self._client, ALIAS)
             trouble = f"version {entry.version}, the champion, cannot be served"
-            if str(entry.version) == self.served.version:
-                # tags and aliases may have changed; the model of a version never does
+            if _identity(entry) == _identity(self.served.entry):
+                # tags and aliases may have changed; a logged model never does
                 self.served = replace(self.served, entry=entry)
             else:
                 self._follow(entry)
@@ -88,13 +88,13 @@ class Champion:
             self.trouble = None
 
     def _follow(self, entry: ModelVersion) -> None:
-        if self._failed and self._failed[0] == str(entry.version) and time.monotonic() < self._failed[1]:
+        if self._failed and self._failed[0] == _identity(entry) and time.monotonic() < self._failed[1]:
             raise self._failed[2]
         started = time.monotonic()
         try:
             served = self._load(entry)
         except PipelineError as error:
-            self._failed = str(entry.version), time.monotonic() + limits.RETRY_SECONDS, error
+            self._failed = _identity(entry), time.monotonic() + limits.RETRY_SECONDS, error
             raise
         seconds = time.monotonic() - started
         log.info("version %s replaces %s, loaded in %.1f s", served.version, self.served.version, seconds)
@@ -106,9 +106,11 @@ class Champion:
             self._check(predictor)
             return Served(entry, predictor, self._metrics(entry.run_id))
         except Exception as error:  # a foreign or damaged model can fail in any way
+            name = f"models:/{MODEL_NAME}/{entry.version}"
+            said = str(error) if isinstance(error, PipelineError) else f"{type(error).__name__}: {error}"
+            said = said.removeprefix(f"{name}: ")
             raise PipelineError(
-                f"models:/{MODEL_NAME}/{entry.version}, the champion, cannot be served "
-                f"({type(error).__name__}: {error}); move the alias to a version that can be"
+                f"{name}, the champion, cannot be served ({said}); move the alias to a version that can be"
             ) from error
 
     def _metrics(self, run_id: str | None) -> dict[str, float]:
@@ -120,3 +122,8 @@ class Champion:
                 raise
             logged = {}
         return {key.removeprefix("eval/"): value for key, value in logged.items() if key.startswith("eval/")}
+
+
+def _identity(entry: ModelVersion) -> tuple[str, str | None]:
+    """What tells a version's model from others: one that was deleted and made anew has the old number."""
+    return str(entry.version), entry.source

@@ -29,7 +29,9 @@ def photos(tmp_path) -> Path:
 def test_the_champion_predicts_what_it_predicts_anywhere(checkout, photos):
     result = predict(str(photos))
     count = len(list(photos.iterdir()))
-    assert result | {"table": ""} == {"version": "1", "photos": count, "failed": 1, "done_before": 0, "table": ""}
+    assert result | {"table": ""} == {
+        "version": "1", "photos": count, "failed": 1, "done_before": 0, "left_out": 0, "table": "",
+    }  # fmt: skip
     out = checkout / "runs/predictions/JPEGImages"
     assert Path(result["table"]) == out / "predictions.parquet"
     rows = pd.read_parquet(result["table"]).set_index("path")
@@ -51,15 +53,34 @@ def test_by_hand_it_goes_on_without_a_server(checkout, photos, root):
     predict(str(photos), "masks")
     # as a user has it who copied it and filled nothing in: a temporary server has a password of its own
     (checkout / ".env").write_bytes((root / ".env.example").read_bytes())
+    count = len(list(photos.iterdir()))
+    (photos / "a.webp").write_bytes(b"RIFF")
     command = [sys.executable, "-m", "flows.predict", str(photos), "--out", "masks", "--version", "1"]
     done = subprocess.run(command, cwd=checkout, env=environment(), text=True, capture_output=True, check=True)
-    count = len(list(photos.iterdir()))
-    assert f"photos   {count}: 1 failed, {count - 1} were done before" in done.stdout
+    assert f"photos   {count}: 1 failed, {count - 1} were done before\n  left out 1 other files\n" in done.stdout
+    assert "1 left out, not named as JPEG or PNG: 1 .webp (a.webp); all names: " in done.stderr
+
+
+def test_another_folder_of_the_same_name_is_refused_and_the_first_table_stays(checkout, photos, tmp_path):
+    for name in ("a/photos/one.jpg", "b/photos/two.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_bytes((photos / "val_001.jpg").read_bytes())
+    first, other = tmp_path / "a/photos", tmp_path / "b/photos"
+    table = Path(predict(str(first))["table"])
+    assert table.parent == checkout / "runs/predictions/photos"
+    before = table.read_bytes()
+    with pytest.raises(PipelineError, match=rf"has the masks of {first}; choose .* of {other} \(--out\)"):
+        predict(str(other))
+    assert table.read_bytes() == before
+    assert [path.name for path in (table.parent / "masks").iterdir()] == ["one.jpg.png"]
+    assert predict(str(other), "elsewhere")["photos"] == 1
 
 
 def test_what_is_not_there_is_refused(checkout, photos):
     with pytest.raises(PipelineError, match="nothing: no folder and no list of photos"):
         predict("nothing")
+    with pytest.raises(PipelineError, match="source: is empty"):
+        predict(" ")
     with pytest.raises(PipelineError, match="has no version or alias '99'"):
         predict(str(photos), version="99")
 

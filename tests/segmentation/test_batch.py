@@ -1,8 +1,10 @@
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +15,14 @@ from filelock import FileLock
 from mlflow.entities.model_registry import ModelVersion
 from PIL import Image
 
-from segmentation.batch import find_photos, predict_photos
+from benchmarks.serving import register_random
+from segmentation.batch import describe, find_photos, predict_photos
+from segmentation.client import MODEL_NAME, connect
 from segmentation.errors import PipelineError
 from segmentation.images import mask_image, read_mask, read_photo
 from segmentation.model import ModelCard, build, save
 from segmentation.predictor import Predictor
+from segmentation.versions import find_version, load_predictor
 from tests.conftest import environment
 
 CARD = ModelCard(
@@ -27,8 +32,8 @@ CARD = ModelCard(
 )  # fmt: skip
 
 
-def version(number: str = "1", model: str = "m-1") -> ModelVersion:
-    return ModelVersion("voc-segmentation", number, 0, model_id=model)
+def version(number: str = "1") -> ModelVersion:
+    return ModelVersion("voc-segmentation", number, 0)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +68,7 @@ def table(out: Path) -> pd.DataFrame:
 
 
 def names(source: Path) -> list[str]:
-    return [photo.name for photo in find_photos(source)]
+    return [photo.name for photo in find_photos(source).photos]
 
 
 def test_a_photo_in_16_bit_grey_has_the_mask_and_the_overlay_of_its_8_bits(predictor, tmp_path):
@@ -122,13 +127,74 @@ def test_only_what_changed_is_done_again(predictor, photos, tmp_path):
     assert again(version()) == 3
     assert again(version(), overlays=True) == 0
     assert len(list(out.rglob("overlays/**/*.jpg"))) == 4
-    assert again(version("2", "m-2")) == 0  # a moved champion
+    assert again(version("2")) == 0  # a moved champion
     assert not list(out.rglob("overlays/**/*.jpg"))  # those were of the other version's masks
-    assert again(version("2", "m-9")) == 0  # the same number in another store
     assert set(table(out)["model_version"]) == {"2"}
     (photos / "b/x.jpg").unlink()
-    assert again(version("2", "m-9")) == 3
+    assert again(version("2")) == 3
     assert len(table(out)) == 3
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch):
+    """Registers a model of random weights as version 1 of a new store, and returns what is loaded from there."""
+
+    def make(name: str, seed: int) -> tuple[Predictor, ModelVersion]:
+        folder = tmp_path / name
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
+        register_random(folder / "run", CARD, seed)
+        return load()
+
+    def load() -> tuple[Predictor, ModelVersion]:
+        found = find_version(connect(), "1")
+        return load_predictor(found), found
+
+    make.load = load
+    return make
+
+
+def test_version_1_of_another_store_or_with_other_files_is_another_model(store, photos, tmp_path):
+    out = tmp_path / "out"
+
+    def run(predictor: Predictor, found: ModelVersion) -> int:
+        assert str(found.version) == "1"
+        outcome = predict_photos(predictor, found, photos, out)
+        for row in table(out).to_dict("records"):
+            expected = predictor.mask(read_photo(Path(row["path"]))[0])
+            assert np.array_equal(read_mask(out / row["mask"]), expected)
+        return outcome.done_before
+
+    assert run(*store("one", 1)) == 0
+    assert run(*store.load()) == 4
+    assert run(*store("two", 2)) == 0  # another store
+    client = connect()
+    client.delete_registered_model(MODEL_NAME)
+    register_random(tmp_path / "two/again", CARD, 3)
+    assert run(*store.load()) == 0  # deleted, and made anew
+    stored = Path(client.get_model_version_download_uri(MODEL_NAME, "1").removeprefix("file://"), "artifacts/models")
+    shutil.copytree(tmp_path / "one/run/models", stored, dirs_exist_ok=True)
+    assert run(*store.load()) == 0  # overwritten
+
+
+@pytest.mark.parametrize("overlays", [False, True])
+def test_ended_between_a_mask_and_its_row_no_other_versions_mask_is_taken_for_done(
+    predictor, photos, tmp_path, monkeypatch, overlays
+):
+    other, out = Predictor(build(CARD).eval(), CARD, torch.device("cpu")), tmp_path / "out"
+    predict_photos(predictor, version("1"), photos, out, overlays)
+
+    def end(mask):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("segmentation.batch.class_shares", end)  # the mask is written, its row is not
+        predict_photos(other, version("2"), photos, out, overlays)
+    first = photos / "B.JPEG"
+    assert np.array_equal(read_mask(out / "masks/B.JPEG.png"), other.mask(read_photo(first)[0]))
+    assert predict_photos(predictor, version("1"), photos, out, overlays).done_before == 3
+    assert np.array_equal(read_mask(out / "masks/B.JPEG.png"), predictor.mask(read_photo(first)[0]))
 
 
 def test_a_photo_that_fails_is_a_row_and_is_tried_again(predictor, photos, tmp_path):
@@ -171,6 +237,52 @@ def test_a_photo_that_fails_is_a_row_and_is_tried_again(predictor, photos, tmp_p
     (photos / "a/x.jpg").write_bytes(whole)
     assert predict_photos(predictor, version(), photos, out, overlays=True).failed == 5
     assert (out / "masks/a/x.jpg.png").exists()
+
+
+def test_cells_of_the_table_are_no_formulas_and_one_line(predictor, tmp_path):
+    photos, out = tmp_path / "photos", tmp_path / "out"
+    names = ["=cmd/x.jpg", "@a/x.jpg", "-b/x.jpg", "c\nd/x.jpg", "\u202ee/x.jpg"]
+    for name in names:
+        (photos / name).parent.mkdir(parents=True)
+        (photos / name).write_bytes(b"\xff\xd8\xff")
+    predict_photos(predictor, version(), photos, out)
+    rows = table(out).set_index("path")["error"]
+    assert set(rows.index) == {str(photos / name) for name in names}  # a path is the file's, to the letter
+    begins = ["'=cmd/x.jpg: ", "'@a/x.jpg: ", "'-b/x.jpg: ", "c\\nd/x.jpg: ", "\\u202ee/x.jpg: "]
+    for name, begin in zip(names, begins, strict=True):
+        assert rows[str(photos / name)].startswith(begin)
+    assert all(error.isprintable() for error in rows)
+
+
+def test_photos_of_all_suffixes_are_found_and_the_other_files_are_named(predictor, tmp_path):
+    photos, out = tmp_path / "photos", tmp_path / "out"
+    for seed, name in enumerate(("a.jpg", "a.JPG", "a.png", "b.jpe", "c.jfif", "d.Jpeg")):
+        photos.mkdir(exist_ok=True)
+        picture(seed).save(photos / name, "PNG" if name.endswith("png") else "JPEG")
+    for name in ("e.webp", "f.WEBP", "sub/g.webp", "sub/h.webp", "i.heic", "notes\n.txt", "IMG_1"):
+        write(photos / f"{name}.png")
+        (photos / f"{name}.png").rename(photos / name)
+    outcome = predict_photos(predictor, version(), photos, out)
+    assert (outcome.photos, outcome.failed) == (6, 0)
+    assert len({path.read_bytes() for path in (out / "masks").iterdir()}) == 6  # no mask in another's place
+    assert outcome.left_out == ["IMG_1", "e.webp", "f.WEBP", "i.heic", "notes\n.txt", "sub/g.webp", "sub/h.webp"]
+    assert (out / "left_out.txt").read_text().splitlines() == [
+        "IMG_1", "e.webp", "f.WEBP", "i.heic", "notes\\n.txt", "sub/g.webp", "sub/h.webp",
+    ]  # fmt: skip
+    assert describe(outcome.left_out) == (
+        "7 left out, not named as JPEG or PNG: 4 .webp (e.webp, f.WEBP, sub/g.webp, …), "
+        "1 without suffix (IMG_1), 1 .heic (i.heic), 1 .txt (notes\\n.txt)"
+    )
+    for name in outcome.left_out:
+        (photos / name).unlink()
+    assert predict_photos(predictor, version(), photos, out).left_out == []
+    assert not (out / "left_out.txt").exists()
+
+
+def test_a_folder_without_photos_says_what_is_in_it(tmp_path):
+    (tmp_path / "a.webp").write_bytes(b"RIFF")
+    with pytest.raises(PipelineError, match=r"no photo in it .*; 1 left out, not named .*: 1 .webp \(a.webp\)"):
+        find_photos(tmp_path)
 
 
 def test_a_folder_is_searched_through_links_and_without_what_is_hidden(photos, tmp_path):
@@ -219,15 +331,72 @@ def test_a_source_without_photos_is_refused(make, says, predictor, tmp_path):
 def test_an_output_folder_is_of_one_source_and_one_run(predictor, photos, tmp_path):
     out = tmp_path / "out"
     predict_photos(predictor, version(), photos, out)
-    write(tmp_path / "others/a/x.jpg")
-    with pytest.raises(PipelineError, match=r"has the mask of .*photos/a/x.jpg; choose another folder"):
-        predict_photos(predictor, version(), tmp_path / "others", out)
+    before = (out / "predictions.parquet").read_bytes()
+    write(tmp_path / "others/photos/y.jpg")  # a folder of the same name, with another photo
+    (tmp_path / "list.txt").write_text(f"{photos}/a/x.jpg\n")
+    for other in (tmp_path / "others/photos", photos / "a", tmp_path / "list.txt"):
+        with pytest.raises(
+            PipelineError, match=rf"out: has the masks of {photos}; choose another .* of {other} \(--out\)"
+        ):
+            predict_photos(predictor, version(), other, out)
     with FileLock(out / ".lock"), pytest.raises(PipelineError, match="another run is writing into it"):
         predict_photos(predictor, version(), photos, out)
-    assert len(table(out)) == 4
+    assert (out / "predictions.parquet").read_bytes() == before
+    assert sorted(path.name for path in (out / "masks").iterdir()) == ["B.JPEG.png", "a", "b"]
     (tmp_path / "file").write_text("")
     with pytest.raises(PipelineError, match="cannot be written"):
         predict_photos(predictor, version(), photos, tmp_path / "file")
+
+
+def test_one_source_by_other_ways_is_the_same(predictor, photos, tmp_path, monkeypatch):
+    out, listed = tmp_path / "out", tmp_path / "list.txt"
+    assert predict_photos(predictor, version(), photos, out).done_before == 0
+    (tmp_path / "link").symlink_to(photos)
+    monkeypatch.chdir(tmp_path)
+    for way in (tmp_path / "link", Path("photos"), Path("link/a/.."), photos / "a/.."):
+        assert predict_photos(predictor, version(), way, out).done_before == 4
+    assert list(table(out)["path"]) == [str(photos / name) for name in ("B.JPEG", "a/x.jpg", "b/x.jpg", "b/x.png")]
+    listed.write_text("photos/a/x.jpg\nphotos/B.JPEG\n")
+    assert predict_photos(predictor, version(), listed, tmp_path / "of list").done_before == 0
+    listed.write_text("photos/b/x.jpg\nphotos/B.JPEG\n")  # an edited list is the same list
+    (tmp_path / "home").symlink_to(tmp_path)
+    assert predict_photos(predictor, version(), tmp_path / "home/list.txt", tmp_path / "of list").done_before == 1
+    assert len(table(tmp_path / "of list")) == 2
+
+
+def test_a_folder_with_files_of_its_own_is_no_output_folder(predictor, photos, tmp_path):
+    own = tmp_path / "own"
+    write(own / "masks/B.JPEG.png")
+    before = (own / "masks/B.JPEG.png").read_bytes()
+    with pytest.raises(
+        PipelineError, match="own: has masks already, of no run that could go on; choose another folder"
+    ):
+        predict_photos(predictor, version(), photos, own)
+    assert (own / "masks/B.JPEG.png").read_bytes() == before
+    with pytest.raises(PipelineError, match=r"photos/a: .*photos/a/x.jpg lies in it, and would be mixed with masks"):
+        predict_photos(predictor, version(), photos, photos / "a")
+    assert names(photos) == ["B.JPEG", "a/x.jpg", "b/x.jpg", "b/x.png"]
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/.notes.tmp.txt").write_text("mine")
+    predict_photos(predictor, version(), photos, tmp_path / "out")
+    assert (tmp_path / "out/.notes.tmp.txt").read_text() == "mine"
+
+
+def test_a_record_without_its_source_is_refused(predictor, photos, tmp_path):
+    predict_photos(predictor, version(), photos, tmp_path / "out")
+    with closing(sqlite3.connect(tmp_path / "out/predictions.sqlite")) as record:
+        record.execute("DROP TABLE source")  # as it was before sources were noted
+    with pytest.raises(PipelineError, match="written before sources were noted there; delete it, or choose another"):
+        predict_photos(predictor, version(), photos, tmp_path / "out")
+
+
+def test_masks_that_a_file_system_would_hold_in_one_file_are_refused(predictor, photos, tmp_path):
+    write(photos / "b/X.JPG", 7)
+    out = tmp_path / "out"
+    assert predict_photos(predictor, version(), photos, out).photos == 5
+    (out / ".LOCK").symlink_to(".lock")  # as where case does not matter: one file under both names
+    with pytest.raises(PipelineError, match=r"out: its file system keeps one mask of .*b/X.JPG and .*b/x.jpg; choose"):
+        predict_photos(predictor, version(), photos, out)
 
 
 RUN = """
@@ -273,6 +442,7 @@ def test_killed_the_next_run_does_only_the_rest(predictor, command, tmp_path):
     assert not (out / "predictions.parquet").exists()
     for path in [*out.glob("masks/*.png"), *out.glob("overlays/*.jpg")]:
         Image.open(path).load()
+    predictor = Predictor.load(tmp_path / "model")  # the same one
     half = out / "masks/.11.jpg.1.tmp.png"
     half.write_bytes(b"half")
     kept = {path: path.stat().st_mtime_ns for path in out.glob("masks/*.png") if path != half}

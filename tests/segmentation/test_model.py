@@ -1,3 +1,4 @@
+import json
 import pickle
 
 import pytest
@@ -183,8 +184,17 @@ def test_weights_that_are_not_the_cards_are_refused(tmp_path):
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x00\x01")
     with pytest.raises(PipelineError, match="not the weights"):
         model_files.load(tmp_path)
-    with pytest.raises(PipelineError, match="not found; run train"):
+    with pytest.raises(PipelineError, match=r"nowhere/segmenter.json: not found$"):
         model_files.load(tmp_path / "nowhere")
+
+
+def test_weights_of_another_model_are_refused_in_a_line(tmp_path):
+    model_files.save(build(card()), card(), tmp_path)
+    described = json.loads((tmp_path / "segmenter.json").read_text())
+    other = described | {"classes": ["background", "cat"]}
+    (tmp_path / "segmenter.json").write_text(json.dumps(other))
+    with pytest.raises(PipelineError, match=r"segmenter.safetensors: not of the model that segmenter.json describes$"):
+        model_files.load(tmp_path)
 
 
 def official(vit: timm.models.VisionTransformer) -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ import pytest
 import requests
 from PIL import Image
 
-from segmentation.registry import MODEL_NAME
+from segmentation.client import MODEL_NAME
 from segmentation.voc import CLASSES
 from serving.http import preferred
 from tests.serving.conftest import mask_png, photo
@@ -21,7 +21,21 @@ ANSWERS = ("image/png", "application/json")
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-@pytest.mark.parametrize("sent", ["application/octet-stream", "image/png", "image/jpeg; q=1"])
+@pytest.mark.parametrize(
+    "sent",
+    [
+        "application/octet-stream",
+        "image/png",
+        "image/jpeg; q=1",
+        "image/jpg",
+        "image/pjpeg",
+        "image/x-png",
+        "IMAGE/JPG",
+        "image/webp",
+        "binary/octet-stream",
+        "",
+    ],
+)
 def test_a_mask_is_the_bytes_that_the_predictor_gives(store, server, kind, sent):
     body = photo(91, 64, 1, kind)
     answer = server.segment(body, **{"Content-Type": sent})
@@ -29,6 +43,25 @@ def test_a_mask_is_the_bytes_that_the_predictor_gives(store, server, kind, sent)
     assert answer.headers["Content-Type"] == "image/png"
     assert answer.headers["Model-Version"] == "1"
     assert answer.content == mask_png(store.predictor("1"), body)
+
+
+@pytest.mark.parametrize(
+    ("sent", "named"),
+    [
+        ("text/plain; charset=utf-8", "'text/plain'"),
+        ("multipart/form-data; boundary=x", "'multipart/form-data'"),
+        ("application/x-www-form-urlencoded", "'application/x-www-form-urlencoded'"),  # curl's, where none is given
+        ("application/json", "'application/json'"),
+        ("imagejpeg", "'imagejpeg'"),
+        ("text/\x85plain".encode("latin-1"), "'text/\\x85plain'"),
+    ],
+)
+def test_a_type_that_no_photo_has_is_refused_by_its_name(server, sent, named):
+    answer = server.segment(photo(91, 64, 1), **{"Content-Type": sent})
+    assert answer.status_code == 415
+    assert answer.json()["detail"] == (
+        f"Content-Type: {named} was sent; send the photo alone, as image/jpeg, image/png or application/octet-stream"
+    )
 
 
 def test_a_mask_is_upright(store, server):

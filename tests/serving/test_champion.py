@@ -3,14 +3,18 @@
 import sqlite3
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import requests
 
 from benchmarks.serving import register_random
-from segmentation.client import MODEL_NAME
+from segmentation.client import MODEL_NAME, connect
 from segmentation.errors import PipelineError
+from segmentation.predictor import Predictor
 from serving.__main__ import bind
+from serving.champion import Champion
+from serving.worker import Worker
 from tests.serving.conftest import CARD, Server, mask_png, photo
 
 
@@ -100,6 +104,39 @@ def test_without_mlflow_the_loaded_model_is_served(store, server):
     await_health(server, "ok")
     assert "still serving version 1" in server.text()
     assert "does not answer" in server.text()
+
+
+@pytest.fixture
+def own_store(tmp_path, monkeypatch):
+    """A store of its own with version 1, the champion."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    register_random(tmp_path / "first", CARD, 1)
+    return connect()
+
+
+def test_a_champion_without_its_files_is_named_with_the_file(own_store):
+    stored = own_store.get_model_version_download_uri(MODEL_NAME, "1")
+    weights = f"{stored}/artifacts/models/segmenter.safetensors"
+    Path(weights.removeprefix("file://")).unlink()
+    with pytest.raises(PipelineError) as error:
+        Champion(Worker().check)
+    assert str(error.value) == (
+        f"models:/{MODEL_NAME}/1, the champion, cannot be served ({weights}: not found; put its files back, or use "
+        "another version); move the alias to a version that can be"
+    )
+
+
+def test_a_registered_model_made_anew_is_followed_though_its_version_has_the_old_number(own_store, tmp_path):
+    champion, body = Champion(Worker().check), photo(91, 64, 1)
+    first = mask_png(champion.served.predictor, body)
+    own_store.delete_registered_model(MODEL_NAME)
+    assert register_random(tmp_path / "second", CARD, 2) == "1"
+    champion._look()
+    assert champion.trouble is None
+    assert mask_png(champion.served.predictor, body) != first
+    expected = mask_png(Predictor.load(tmp_path / "second/models"), body)
+    assert mask_png(champion.served.predictor, body) == expected
 
 
 @pytest.mark.slow

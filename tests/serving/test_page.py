@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from serving.limits import MAX_BYTES
 from tests.conftest import contrast
 from tests.serving.conftest import mask_png, photo
 
@@ -161,6 +162,59 @@ def test_a_server_that_is_away_is_told_in_words(page, drawn):
     page.wait_for_selector("#wrong", state="visible")
     assert "does not answer" in page.inner_text("#wrong")
     assert len(page.said) == 1 and "ERR_FAILED" in page.said.pop()
+
+
+@pytest.fixture(scope="module")
+def many_pixels(tmp_path_factory) -> Path:
+    """A photo that the server refuses at once, and that a browser takes a while to decode: 30 million pixels."""
+    path = tmp_path_factory.mktemp("photos") / "many.jpg"
+    path.write_bytes(photo(6000, 5000, 4))
+    return path
+
+
+@pytest.fixture(scope="module")
+def many_bytes(tmp_path_factory) -> Path:
+    """A photo that browsers show, in more bytes than the server takes."""
+    path = tmp_path_factory.mktemp("photos") / "heavy.jpg"
+    path.write_bytes(photo(3000, 2000, 5) + bytes(MAX_BYTES))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("refused", "says"),
+    [
+        ("many_pixels", "many.jpg: this photo has 6000×5000 pixels; at most 25,000,000 are taken"),
+        ("many_bytes", "heavy.jpg: the body is larger than 33,554,432 bytes"),
+    ],
+)
+def test_a_refused_photo_is_not_shown_without_a_mask(page, drawn, request, refused, says):
+    choose(page, drawn)
+    page.set_input_files("#file", request.getfixturevalue(refused))
+    page.wait_for_selector("#wrong", state="visible")
+    page.evaluate("document.getElementById('photo').decode().then(() => 0)")  # the browser has decoded it by now
+    page.wait_for_timeout(300)
+    assert page.inner_text("#wrong") == says
+    assert page.locator("#work").is_hidden()
+    assert page.evaluate("document.body.className") == "empty"
+    assert page.inner_text("#said") == ""
+    choose(page, drawn)
+    assert page.locator("#wrong").is_hidden()
+    assert len(page.said) == 1 and "413" in page.said.pop()
+
+
+def test_without_a_server_no_photo_is_shown_without_a_mask(page, drawn, many_pixels):
+    choose(page, drawn)
+    page.context.set_offline(True)
+    page.set_input_files("#file", many_pixels)
+    page.wait_for_selector("#wrong", state="visible")
+    page.evaluate("document.getElementById('photo').decode().then(() => 0)")
+    page.wait_for_timeout(300)
+    assert page.inner_text("#wrong") == "many.jpg: the server does not answer; is it still running?"
+    assert page.locator("#work").is_hidden()
+    page.context.set_offline(False)
+    choose(page, drawn)
+    assert page.locator("#wrong").is_hidden()
+    assert len(page.said) == 1 and "ERR_INTERNET_DISCONNECTED" in page.said.pop()
 
 
 def test_the_last_photo_chosen_is_the_one_shown(page, drawn, tmp_path):
