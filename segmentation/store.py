@@ -113,7 +113,7 @@ def _advice(text: str, scheme: str, rest: str) -> str:
     if scheme == "postgres":
         return f"is of a kind that SQLAlchemy does not know; write postgresql://{shown('://' + rest)[3:]}"
     if text.lower().startswith(("databricks", "uc:")):
-        return "is not supported: this project moves aliases of its own; write http://HOST:PORT of an MLflow server"
+        return "is not supported, for its registry is another one; write http://HOST:PORT of an MLflow server"
     for near in ("http", "https", "sqlite"):
         if text.lower().startswith(f"{near}:"):
             slashes = "///" if near == "sqlite" else "//"

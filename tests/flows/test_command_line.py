@@ -5,10 +5,13 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import chdir
 from pathlib import Path
 
 import pytest
 
+from flows.experiment import check_repository
+from segmentation.errors import PipelineError
 from tests.conftest import environment, git
 
 HEAVY = {"prefect", "mlflow", "pandas", "dvc"}
@@ -117,6 +120,55 @@ def test_a_checkout_of_someone_else_gets_gits_own_words(root, tmp_path):
     assert "detected dubious ownership" in said
     assert f"git config --global --add safe.directory {tmp_path}" in said
     assert "git init" not in said
+
+
+def test_a_shallow_clone_is_refused_before_anything_runs_but_not_in_place(root, tmp_path):
+    """From its copies DVC brings nothing back, after all the training."""
+    (tmp_path / "whole").mkdir()
+    git(tmp_path / "whole", "init", "--quiet")
+    (tmp_path / "whole/params.yaml").write_bytes((root / "params.yaml").read_bytes())
+    for message in ("one", "two"):
+        git(tmp_path / "whole", "add", "-A")
+        git(tmp_path / "whole", "commit", "--quiet", "--allow-empty", "-m", message)
+    git(tmp_path, "clone", "--quiet", "--depth", "1", f"file://{tmp_path}/whole", "clone")
+    said = refused(root, tmp_path / "clone")
+    assert f"error: {tmp_path}/clone: a shallow clone (git clone --depth)" in said
+    assert "git fetch --unshallow" in said
+    assert "--in-place" in said
+    with chdir(tmp_path / "clone"):
+        with pytest.raises(PipelineError, match="a shallow clone"):
+            check_repository(isolated=True)
+        check_repository(isolated=False)
+        git(tmp_path / "clone", "fetch", "--quiet", "--unshallow")
+        check_repository(isolated=True)
+
+
+@pytest.mark.parametrize("name", ["a#b", "a?b", "50%"])
+def test_a_checkout_that_no_tool_can_address_is_refused_at_once(root, tmp_path, name):
+    folder = tmp_path / name
+    folder.mkdir()
+    git(folder, "init", "--quiet")
+    (folder / "params.yaml").write_bytes((root / "params.yaml").read_bytes())
+    git(folder, "add", "-A")
+    git(folder, "commit", "--quiet", "-m", "x")
+    says = f"error: {folder}: has {name.strip('ab50')} in its path"
+    assert says in refused(root, folder)
+    for flow in ("predict", "services"):
+        done, imported = by_hand(flow, *["x"] * (flow == "predict"), cwd=folder, env={"PYTHONPATH": str(root)})
+        assert (done.returncode, says in done.stderr) == (1, True)
+        assert not imported & HEAVY
+    assert sorted(path.name for path in tmp_path.iterdir()) == [name]
+
+
+@pytest.mark.parametrize(
+    ("flow", "arguments"),
+    [("train", []), ("register", ["HEAD"]), ("promote", []), ("rollback", ["why"]), ("predict", ["photos"])],
+)
+def test_a_misspelled_store_is_refused_before_anything_starts(root, flow, arguments):
+    done, imported = by_hand(flow, *arguments, cwd=root, env={"MLFLOW_TRACKING_URI": "localhost:5000"})
+    assert done.returncode == 1
+    assert done.stderr == "error: MLFLOW_TRACKING_URI: localhost:5000 lacks its scheme; write http://localhost:5000"
+    assert not imported & HEAVY
 
 
 def test_a_bare_repository_is_named(root, tmp_path):

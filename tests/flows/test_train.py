@@ -21,13 +21,14 @@ import torch
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from PIL import Image
+from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
 from ruamel.yaml import YAML
 
-from flows.experiment import _hydra, evaluation_set, kill_tree
+from flows.experiment import Revision, _hydra, evaluation_set, kill_tree
 from flows.password import CLIENT
-from flows.register import register
+from flows.register import register, register_model
 from flows.train import _gpu_slot, train
 from segmentation.client import connect
 from segmentation.errors import PipelineError
@@ -323,6 +324,37 @@ def test_registering_goes_on_with_the_run_that_a_killed_flow_left_open(checkout,
     assert start_run("left open") != opened
     assert register(name) == "1"
     assert len(runs_named(name)) == 1
+
+
+@pytest.mark.parametrize(("uri", "tries"), [("http://127.0.0.1:9", 3), ("localhost:9", 1)])
+def test_only_a_server_that_does_not_answer_is_tried_again(tmp_path, monkeypatch, uri, tries):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    tried = []
+    monkeypatch.setattr("flows.register.lineage", lambda *_: tried.append(1) or {"dvc_lock_sha256": "x"})
+
+    @flow
+    def registering():
+        register_model.with_options(retry_delay_seconds=0)(Revision("x", "x", "x"), tmp_path, None)
+
+    with pytest.raises(PipelineError, match="MLFLOW_TRACKING_URI"):
+        registering()
+    assert len(tried) == tries
+
+
+def test_a_deleted_experiment_is_refused_before_the_training(checkout, caplog):
+    client = connect()
+    number = client.get_experiment_by_name(MODEL).experiment_id
+    before = git(checkout, "for-each-ref", "refs/exps")
+    client.delete_experiment(number)
+    try:
+        with pytest.raises(PipelineError, match=f"mlflow experiments restore --experiment-id {number}"):
+            train(TINY)
+    finally:
+        client.restore_experiment(number)
+    assert git(checkout, "for-each-ref", "refs/exps") == before
+    assert "Running stage" not in caplog.text
 
 
 @pytest.mark.parametrize("text", [r"a\b", r"it's", r"back\'s", "end\\", 'say "x"', "a=b, c: {d}", "[1]"])

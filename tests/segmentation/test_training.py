@@ -462,9 +462,10 @@ def test_the_loss_curve_on_the_sample_is_the_golden_one(root, tmp_path, monkeypa
     assert history["train_loss"].tolist() == pytest.approx(GOLDEN, rel=tolerance)
 
 
-def test_a_tracking_server_that_is_away_costs_no_training(project, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("uri", ["http://127.0.0.1:9", "localhost:5000"])
+def test_a_tracking_server_that_is_away_or_misspelled_costs_no_training(project, tmp_path, monkeypatch, capsys, uri):
     monkeypatch.setenv("MLFLOW_RUN_ID", "0" * 32)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     _, history, _ = run(tmp_path, settings(project, epochs=2))
     assert len(history) == 2
     assert capsys.readouterr().out.count("no live curves from here on") == 1
