@@ -62,11 +62,12 @@ def decode_photo(source: Path | bytes) -> Photo:
     """As `read_photo`, but with the doubt in words instead of a warning."""
     image, stored = _open(source, ("JPEG", "PNG"))
     kind, doubt = image.format or "", _doubt(image, stored)
+    image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         # Pillow would clip 16 bits at 255, which makes nearly all of a photo white. The upper byte is what it takes of
         # 16-bit color, too.
-        image = _with_exif(Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)), image)
-    return Photo(ImageOps.exif_transpose(image).convert("RGB"), kind, doubt)
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return Photo(image.convert("RGB"), kind, doubt)
 
 
 def read_mask(source: Path | bytes) -> Pixels:
@@ -167,11 +168,6 @@ def _doubt(image: Image.Image, stored: str) -> str | None:
         f"the brightest pixel uses {bits} of its 16 bits, so it is dark; whether the values have 10, 12 or 14 bits "
         "cannot be known"
     )
-
-
-def _with_exif(image: Image.Image, original: Image.Image) -> Image.Image:
-    image.info["exif"] = original.info.get("exif", b"")
-    return image
 
 
 def _unlike(source: Path | bytes, formats: tuple[str, ...]) -> str:
