@@ -41,8 +41,8 @@ from segmentation.tracking import LiveCurves
 
 # The modules that decide the weights: a checkpoint of other code is not gone on from. dvc.yaml names the same.
 CODE = (
-    "checkpoint_files", "data", "decoder", "encoder", "features", "images", "losses", "metrics", "model", "optimisation",
-    "training", "voc",
+    "checkpoint_files", "data", "decoder", "encoder", "features", "images", "losses", "metrics", "model",
+    "optimisation", "training", "voc",
 )  # fmt: skip
 PACKAGES = ("lightning", "pillow", "segmentation-models-pytorch", "timm", "torch", "torchvision")
 PANEL_PHOTOS = 4
