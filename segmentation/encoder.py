@@ -230,7 +230,7 @@ def _load_pretrained(vit: ViT, name: str) -> None:
         raise PipelineError(
             f"encoder.pretrained: the weights of {name} cannot be loaded ({str(error).splitlines()[0]}). Either\n"
             "  - connect to the Hugging Face hub (a proxy: HTTPS_PROXY; a mirror: HF_ENDPOINT),\n"
-            "  - set encoder.checkpoint to a local weights file, timm's or the official DINOv2 release's, or\n"
+            "  - set encoder.checkpoint to a local weights file, timm's, DINOv2's release's or Hugging Face's, or\n"
             "  - set encoder.pretrained: false to train from random weights"
         ) from None
     vit.load_state_dict(source.state_dict())

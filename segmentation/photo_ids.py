@@ -105,16 +105,17 @@ class PairFinder:
     def _without_photo(self, line: str) -> Listed:
         why = self._diagnosis(line)
         if fault := id_fault(line):
-            text = f"id {fault}{why}"
+            text = f"id {line!r}: {why}" if why else f"id {fault}"
             return Listed(line, line, photo_problem=text, mask_problem=text)
-        return replace(self._with_mask(Listed(line, line)), photo_problem=f"{_photo(line)} is missing{why}")
+        text = f"{_photo(line)} is missing" + f"; {why}" * bool(why)
+        return replace(self._with_mask(Listed(line, line)), photo_problem=text)
 
     def _diagnosis(self, line: str) -> str:
-        """What a line without a photo may be meant to say."""
+        """What a line without a photo may be meant to say; empty where that cannot be guessed."""
         if line.startswith("#"):
-            return "; a comment? Lists have none: remove the line"
+            return "a comment? Lists have none: remove the line"
         if others := _match(self._photos, line, None):
-            return f"; there is {', '.join(others)}: save it as a JPEG"
+            return f"there is {', '.join(others)}: save it as a JPEG"
         # first what spaces in a name leave whole
         for part in (*re.split(r"[,;|\t]+", line), *re.split(r"[\s,;|\"'#]+", line)):
             name = re.split(r"[/\\]", part.strip())[-1]
@@ -122,7 +123,7 @@ class PairFinder:
             if found:
                 paths = sum(bool(re.search(r"[/\\]", word)) for word in line.split())
                 holds = "two paths" if paths > 1 else "a path" if paths else "more than an id"
-                return f"; the line seems to hold {holds}: write {_stem(found[0])} alone"
+                return f"the line seems to hold {holds}: write {_stem(found[0])} alone"
         return ""
 
     def _with_mask(self, listed: Listed) -> Listed:

@@ -97,18 +97,13 @@ def test_a_name_that_fits_to_the_letter_goes_first():
         ("web", "JPEGImages/web.jpg is missing; there is web.webp: save it as a JPEG"),
         (
             "JPEGImages/p0.jpg SegmentationClass/p0.png",
-            "id 'JPEGImages/p0.jpg SegmentationClass/p0.png' holds a slash: a path, and no file name; "
-            "the line seems to hold two paths: write p0 alone",
+            "id 'JPEGImages/p0.jpg SegmentationClass/p0.png': the line seems to hold two paths: write p0 alone",
         ),
         (
             "C:\\photos\\P0.JPG",
-            "id 'C:\\\\photos\\\\P0.JPG' holds a slash: a path, and no file name; "
-            "the line seems to hold a path: write p0 alone",
+            "id 'C:\\\\photos\\\\P0.JPG': the line seems to hold a path: write p0 alone",
         ),
-        (
-            "p0\t1",
-            "id 'p0\\t1' holds the control character U+0009; the line seems to hold more than an id: write p0 alone",
-        ),
+        ("p0\t1", "id 'p0\\t1': the line seems to hold more than an id: write p0 alone"),
         ("../../secret", "id '../../secret' holds a slash: a path, and no file name"),
     ],
 )  # fmt: skip

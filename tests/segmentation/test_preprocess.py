@@ -163,7 +163,7 @@ def test_what_fetch_knew_of_a_pair_is_written_down(make_raw, tmp_path):
     assert table.loc["val0;1", "photo_problem"] == f"JPEGImages/val0;1.jpg is missing; {why}"
     assert table.loc["val0;1", "mask_problem"] == "SegmentationClass/val0;1.png is missing"
     unsafe = table.loc["val0.jpg val0.png a/b"]
-    assert unsafe["photo_problem"].endswith("no file name; the line seems to hold a path: write val0 alone")
+    assert unsafe["photo_problem"].endswith("a/b': the line seems to hold a path: write val0 alone")
 
 
 def test_ids_of_all_scripts_and_with_all_signs_are_file_names(make_raw, tmp_path):

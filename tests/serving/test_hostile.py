@@ -13,6 +13,8 @@ import requests
 from PIL import Image
 
 from serving import limits
+from serving.http import Refused
+from serving.worker import decode
 from tests.conftest import png_declaring
 from tests.serving.conftest import mask_png, photo
 
@@ -214,3 +216,18 @@ def test_afterwards_the_server_is_as_it_was(store, server, before):
     refused = [line for line in log.splitlines() if "POST /segment: 4" in line]
     assert len(refused) >= len(BODIES)
     assert len(max(log.splitlines(), key=len)) < 400
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        (image("WEBP"), "this is a WebP picture, neither a JPEG nor a PNG photo"),
+        (image("TIFF"), "this is a TIFF picture, neither a JPEG nor a PNG photo"),
+        (b"", "this is an empty file, neither a JPEG nor a PNG photo"),
+        (b"a photo of a dog", "this is neither a JPEG nor a PNG photo"),
+    ],
+)
+def test_a_body_that_is_no_photo_is_called_what_it_is(body, says):
+    with pytest.raises(Refused) as refusal:
+        decode(body)
+    assert (refusal.value.status_code, refusal.value.detail) == (415, says)
