@@ -1,3 +1,5 @@
+import json
+import math
 import pickle
 
 import pytest
@@ -11,6 +13,7 @@ from segmentation import model as model_files
 from segmentation.decoder import LinearDecoder, UNetDecoder, upsample
 from segmentation.encoder import Encoder, load_weights
 from segmentation.errors import PipelineError
+from segmentation.files import sha256_file, write_json
 from segmentation.model import ModelCard, build
 from segmentation.settings import load_settings
 from segmentation.summary import summarise
@@ -185,6 +188,27 @@ def test_weights_that_are_not_the_cards_are_refused(tmp_path):
         model_files.load(tmp_path)
     with pytest.raises(PipelineError, match="not found; run train"):
         model_files.load(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_neither_written_nor_loaded(tmp_path, value):
+    model = build(card())
+    model_files.save(model, card(), tmp_path)
+    weights, described = tmp_path / "segmenter.safetensors", json.loads((tmp_path / "segmenter.json").read_text())
+    before = weights.read_bytes()
+    with torch.no_grad():
+        model.decoder.head.bias[0] = value
+    with pytest.raises(
+        PipelineError, match=r"decoder\.head\.bias: weights that are not finite .* so it is not written"
+    ):
+        model_files.save(model, card(), tmp_path)
+    assert weights.read_bytes() == before
+    save_file(model.state_dict(), weights)  # as another program would
+    write_json(tmp_path / "segmenter.json", described | {"weights_sha256": sha256_file(weights)})
+    with pytest.raises(
+        PipelineError, match=r"segmenter\.safetensors: decoder\.head\.bias: weights that are not finite"
+    ):
+        model_files.load(tmp_path)
 
 
 def official(vit: timm.models.VisionTransformer) -> dict[str, torch.Tensor]:
