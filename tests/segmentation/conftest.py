@@ -22,7 +22,7 @@ def make_raw(tmp_path):
             ids = [f"{split}{k}" for k in range(count)]
             folder.split_file(split).write_text("".join(f"{name}\n" for name in ids))
             for k, name in enumerate(ids):
-                height, width = 60 + 4 * k, 90 - 5 * k
+                height, width = 60 + 4 * k, 90 - 5 * (k % 12)
                 mask = np.zeros((height, width), np.uint8)
                 mask[10:40, 15:50] = 1 + k % 2
                 mask[8:10, 15:50] = 255

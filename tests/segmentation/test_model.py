@@ -1,4 +1,5 @@
 import json
+import math
 import pickle
 
 import pytest
@@ -12,6 +13,7 @@ from segmentation import model as model_files
 from segmentation.decoder import LinearDecoder, UNetDecoder, upsample
 from segmentation.encoder import Encoder, load_weights
 from segmentation.errors import PipelineError
+from segmentation.files import sha256_file, write_json
 from segmentation.model import ModelCard, build
 from segmentation.settings import load_settings
 from segmentation.summary import summarise
@@ -194,6 +196,27 @@ def test_weights_of_another_model_are_refused_in_a_line(tmp_path):
     other = described | {"classes": ["background", "cat"]}
     (tmp_path / "segmenter.json").write_text(json.dumps(other))
     with pytest.raises(PipelineError, match=r"segmenter.safetensors: not of the model that segmenter.json describes$"):
+        model_files.load(tmp_path)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_neither_written_nor_loaded(tmp_path, value):
+    model = build(card())
+    model_files.save(model, card(), tmp_path)
+    weights, described = tmp_path / "segmenter.safetensors", json.loads((tmp_path / "segmenter.json").read_text())
+    before = weights.read_bytes()
+    with torch.no_grad():
+        model.decoder.head.bias[0] = value
+    with pytest.raises(
+        PipelineError, match=r"decoder\.head\.bias: weights that are not finite .* so it is not written"
+    ):
+        model_files.save(model, card(), tmp_path)
+    assert weights.read_bytes() == before
+    save_file(model.state_dict(), weights)  # as another program would
+    write_json(tmp_path / "segmenter.json", described | {"weights_sha256": sha256_file(weights)})
+    with pytest.raises(
+        PipelineError, match=r"segmenter\.safetensors: decoder\.head\.bias: weights that are not finite"
+    ):
         model_files.load(tmp_path)
 
 

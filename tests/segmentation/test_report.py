@@ -107,6 +107,7 @@ def write_inputs(root, settings):
             "miou": 0.7675,
             "miou_low": 0.6512,
             "miou_high": 0.8231,
+            "interval": "95 % interval 0.6512 to 0.8231",
             "pixel_accuracy": 0.9211,
             "classes_scored": 2,
             "background_everywhere": {"miou": 0.4211, "pixel_accuracy": 0.8421, "mean_class_accuracy": 0.5},
@@ -321,6 +322,23 @@ def test_a_missing_file_is_named_with_the_remedy(inputs, tmp_path, name):
     (tmp_path / name).unlink()
     with pytest.raises(PipelineError, match=rf"{name}: not found.*`dvc repro`"):
         dataclasses.replace(inputs, root=tmp_path).write()
+
+
+def test_too_few_photos_for_an_interval_are_said(inputs, tmp_path):
+    shutil.copytree(inputs.root, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "evaluation/metrics.json"
+    metrics = json.loads(file.read_text())
+    del metrics["miou_low"], metrics["miou_high"]
+    write_json(file, metrics | {"interval": "2 photos are too few for a 95 % interval, it takes 20"})
+    page = " ".join(dataclasses.replace(inputs, root=tmp_path).write().read_text().split())
+    assert "<strong>0.7675</strong> 2 photos are too few for a 95 % interval, it takes 20" in page
+
+
+def test_the_worst_photos_are_listed_by_their_wrong_pixels(opened):
+    page, _, _ = opened
+    rows = page.locator("#photos tbody tr").all_inner_texts()
+    assert [row.split()[0] for row in rows] == ["NA", "001"] if IDS[0] == "NA" else rows
+    assert "10.0" in rows[0] and "5.0" in rows[1]
 
 
 def test_of_an_absolute_path_the_last_part_is_shown():
