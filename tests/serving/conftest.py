@@ -73,7 +73,7 @@ class Server:
             )  # fmt: skip
 
     def await_ready(self) -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while True:
             try:
                 return requests.get(f"{self.url}/healthz", timeout=5).raise_for_status()
