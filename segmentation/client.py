@@ -31,8 +31,8 @@ EXPERIMENT = "voc-segmentation"
 
 # of MLflow's client, of a store in a database that it opens itself, and of files in S3 that it writes itself
 _FAILURES = (
-    MlflowException, OSError, sqlalchemy.exc.SQLAlchemyError, Boto3Error, botocore.exceptions.BotoCoreError,
-    botocore.exceptions.ClientError,
+    MlflowException, OSError, ImportError, sqlalchemy.exc.SQLAlchemyError, Boto3Error,
+    botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError,
 )  # fmt: skip
 _ADVICE = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room on this disk"),
@@ -142,6 +142,8 @@ def _explained(error: BaseException) -> PipelineError:
                     f"{where} has a certificate that is refused: {_reason(cause)}; "
                     "MLFLOW_TRACKING_SERVER_CERT_PATH names the file of its authority"
                 )
+            case ImportError(name=str(package)):
+                return PipelineError(f"{where} needs the package {package}, which is not installed")
             case requests.HTTPError(response=requests.Response() as response):
                 return _refusal(where, response.status_code, f"{cause}")
             case (

@@ -67,6 +67,8 @@ def _checked(name: str) -> str | None:
         return _server(name, text)
     if separator and kind.partition("+")[0] == "sqlite":
         return _sqlite(name, text, rest)
+    if separator and kind == "postgresql":  # SQLAlchemy's default is a driver that is not among our packages
+        return f"postgresql+psycopg2://{rest}"
     if separator and kind.partition("+")[0] in DATABASES:
         return text
     raise PipelineError(f"{name}: {shown(text)} {_advice(text, kind if separator else '', rest)}")

@@ -30,7 +30,7 @@ def test_nothing_is_the_checkouts_own_store(checkout, monkeypatch, written):
         ("https://host.example/mlflow//", "https://host.example/mlflow"),
         ("http://me:secret@host:5000", "http://me:secret@host:5000"),
         ("http://[::1]:5000", "http://[::1]:5000"),
-        ("postgresql://me:secret@host/mlflow", "postgresql://me:secret@host/mlflow"),
+        ("postgresql://me:secret@host/mlflow", "postgresql+psycopg2://me:secret@host/mlflow"),
         ("postgresql+psycopg2://host/mlflow?sslmode=require", "postgresql+psycopg2://host/mlflow?sslmode=require"),
         ("mysql+pymysql://host/mlflow", "mysql+pymysql://host/mlflow"),
         ("sqlite:///mlflow.db", "sqlite:///{checkout}/mlflow.db"),

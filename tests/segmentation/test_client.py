@@ -184,6 +184,14 @@ def test_the_files_of_a_server_may_lie_in_a_store_of_their_own(own):
     assert not isinstance(failed.value, ServerAwayError)
 
 
+def test_a_database_whose_driver_is_not_installed_is_refused(monkeypatch):
+    use(monkeypatch, "mssql+pymssql://host/mlflow")
+    assert (
+        str(ask())
+        == "MLFLOW_TRACKING_URI: mssql+pymssql://host/mlflow needs the package pymssql, which is not installed"
+    )
+
+
 def test_the_experiment_is_made_once_with_its_files_in_the_checkout(own, tmp_path):
     number = experiment_id(own)
     assert experiment_id(own) == number
