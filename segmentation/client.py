@@ -200,8 +200,11 @@ def _database(where: str, uri: str, error: sqlalchemy.exc.SQLAlchemyError) -> Pi
     name = getattr(original, "sqlite_errorname", "")
     if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
         return ServerAwayError(f"{where} is locked by another process")
-    advice = _ADVICE[errno.ENOSPC] if name == "SQLITE_FULL" else _ADVICE[errno.EACCES]
-    return PipelineError(f"{database_file(uri)}: {original}; {advice}")
+    if name == "SQLITE_FULL":
+        return PipelineError(f"{database_file(uri)}: {original}; {_ADVICE[errno.ENOSPC]}")
+    if name.startswith(("SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_PERM")):
+        return PipelineError(f"{database_file(uri)}: {original}; {_ADVICE[errno.EACCES]}")
+    return PipelineError(f"{database_file(uri)}: {original}")
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -32,17 +32,18 @@ def project_root() -> Path:
 
 
 def check_checkout() -> None:
-    """Whether the checkout's path can be part of an address: DVC, Prefect and MLflow make some of it, unescaped.
+    """Whether DVC, Prefect and MLflow work in the checkout: they put its path unescaped into addresses and SQL.
 
     Raises:
-        PipelineError: it has a sign with a meaning there; the tools would work in another folder, or crash.
+        PipelineError: it has signs with a meaning there; the tools would work in another folder, or crash.
     """
     root = project_root()
     signs = [sign for sign in "#?%" if sign in str(root)]
+    if {"'", '"'} <= set(str(root)):  # MLflow's first row of a new database; one kind of quotes is fine
+        signs += ["'", '"']
     if signs:
         raise PipelineError(
-            f"{root}: has {' and '.join(signs)} in its path, which DVC, Prefect and MLflow read as part of an address; "
-            "rename the folder"
+            f"{root}: has {' and '.join(signs)} in its path, which DVC, Prefect or MLflow misread; rename the folder"
         )
 
 
