@@ -197,7 +197,7 @@ def refusal(path: Path, name: str = SMALL) -> str:
             "a ViT of width 768, 12 blocks, patch 14, no registers",
             "encoder.name: vit_base_patch14_dinov2 has these",
         ),
-        ("resnet10t", "96 entries, bn1.bias, bn1.num_batches_tracked, bn1.running_mean, …", None),
+        ("resnet10t", "84 entries, bn1.bias, bn1.num_batches_tracked, bn1.running_mean, …", None),
     ],
 )
 def test_another_model_is_told_by_its_measures(other, found, advice, tmp_path):

@@ -212,7 +212,7 @@ def test_what_can_be_known_without_a_hub_is_refused_without_one(root, monkeypatc
     check_encoder(settings_of(root), 518, [])  # weights that nobody asked for yet
     for changes, size, skips, says in (
         ({"name": "vit_smal_patch14_dinov2"}, 518, [], "the nearest is vit_small_patch14_dinov2"),
-        ({"checkpoint": "nowhere.pth"}, 518, [], "nowhere.pth not found"),
+        ({"checkpoint": "nowhere.pth"}, 518, [], "nowhere.pth: not found"),
         ({"trainable_blocks": 13}, 518, [], "has 12 blocks"),
         ({}, 518, [12], "blocks of vit_base_patch14_dinov2 are 0 to 11"),
         ({"name": "vit_giant_patch14_224"}, 224, [], "timm has no weights of vit_giant_patch14_224"),

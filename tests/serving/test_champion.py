@@ -106,7 +106,7 @@ def test_without_mlflow_the_loaded_model_is_served(store, server):
         database.close()
     await_health(server, "ok")
     assert "still serving version 1" in server.text()
-    assert "does not answer" in server.text()
+    assert "no such table: registered_model_aliases" in server.text()
 
 
 @pytest.fixture
