@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from benchmarks.side_by_side import parser, run
-from segmentation.images import read_mask
-from segmentation.intervals import iou_difference_intervals, iou_intervals
-from segmentation.metrics import miou
-from segmentation.voc import CLASSES, SPLITS, VOID, VocFolder
+from segmentation.data.images import read_mask
+from segmentation.data.voc import CLASSES, SPLITS, VOID, VocFolder
+from segmentation.metrics.confusion import miou
+from segmentation.metrics.intervals import iou_difference_intervals, iou_intervals
 
 TWO = "background or not"
 PREDICTIONS = 40  # of each mask

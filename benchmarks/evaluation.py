@@ -21,17 +21,17 @@ from torch.nn import functional as F
 from torchmetrics import Accuracy, JaccardIndex, MetricCollection
 
 from benchmarks.side_by_side import compare, in_a_fresh_process, line, parser, run, settings_for, take_turns
-from segmentation import model as model_files
-from segmentation.data import split_ids
+from segmentation.data.fetch import fetch
+from segmentation.data.images import read_mask, read_photo, resize_photo
+from segmentation.data.pairs import split_ids
+from segmentation.data.preprocess import preprocess
+from segmentation.data.voc import VOID, VocFolder
 from segmentation.errors import PipelineError
-from segmentation.evaluation import evaluate
-from segmentation.features import encode
-from segmentation.fetch import fetch
-from segmentation.images import read_mask, read_photo, resize_photo
-from segmentation.preprocess import preprocess
+from segmentation.evaluation.evaluate import evaluate
+from segmentation.model import segmenter as model_files
+from segmentation.model.features import encode
 from segmentation.settings import Settings
-from segmentation.training import model_card
-from segmentation.voc import VOID, VocFolder
+from segmentation.training.loop import model_card
 
 
 def main() -> None:

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.side_by_side import compare, parser, real_masks, run, take_turns
-from segmentation.losses import lovasz_softmax
-from segmentation.voc import VOID
+from segmentation.data.voc import VOID
+from segmentation.training.losses import lovasz_softmax
 
 CLASSES = 21
 

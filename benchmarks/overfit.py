@@ -48,14 +48,14 @@ def overfit(voc: Path, epochs: int, result: Path | None, curve: Path | None) -> 
     """Fetch, preprocess, train and evaluate the first pairs of `train.txt`, with `val` made of the same pairs."""
     import pandas as pd
 
-    from segmentation.evaluation import evaluate
-    from segmentation.features import encode
-    from segmentation.fetch import fetch
-    from segmentation.figures import draw_curves
+    from segmentation.data.fetch import fetch
+    from segmentation.data.preprocess import preprocess
+    from segmentation.data.voc import VocFolder
+    from segmentation.evaluation.evaluate import evaluate
     from segmentation.files import write_json
-    from segmentation.preprocess import preprocess
-    from segmentation.training import train
-    from segmentation.voc import VocFolder
+    from segmentation.model.features import encode
+    from segmentation.reporting.figures import draw_curves
+    from segmentation.training.loop import train
 
     settings = load_settings(PARAMS, OVERRIDES | {"fetch.directory": str(voc), "train.epochs": epochs})
     result, curve = (path.resolve() if path else None for path in (result, curve))

@@ -17,10 +17,10 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
 from benchmarks.side_by_side import compare, in_a_fresh_process, parser, run, settings_for, take_turns
+from segmentation.data.fetch import fetch
+from segmentation.data.preprocess import preprocess
+from segmentation.data.voc import SPLITS, VocFolder
 from segmentation.errors import PipelineError
-from segmentation.fetch import fetch
-from segmentation.preprocess import preprocess
-from segmentation.voc import SPLITS, VocFolder
 
 
 def main() -> None:

@@ -31,14 +31,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import psutil
 import torch
 
-from segmentation.client import MODEL_NAME, connect
+from segmentation.data.images import read_photo
+from segmentation.data.sample import draw_sample
+from segmentation.data.voc import CLASSES, VocFolder
 from segmentation.files import write_json
-from segmentation.images import read_photo
-from segmentation.model import ModelCard, build, save
-from segmentation.predictor import Augmentation, Predictor, mask_png
-from segmentation.registry import register
-from segmentation.sample import draw_sample
-from segmentation.voc import CLASSES, VocFolder
+from segmentation.model.segmenter import ModelCard, build, save
+from segmentation.prediction.predictor import Augmentation, Predictor, mask_png
+from segmentation.registry.client import MODEL_NAME, connect
+from segmentation.registry.register import register
 
 ROUNDS = 12
 PHOTOS = 16

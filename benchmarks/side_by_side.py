@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from segmentation.data.images import read_mask, resize_mask
+from segmentation.data.voc import VocFolder
 from segmentation.errors import PipelineError
 from segmentation.files import write_json
-from segmentation.images import read_mask, resize_mask
 from segmentation.settings import Settings, load_settings
-from segmentation.voc import VocFolder
 
 SUBSET = Path(__file__).resolve().parents[2] / "shared" / "voc2012-subset" / "VOCdevkit" / "VOC2012"
 PARAMS = Path(__file__).resolve().parents[1] / "params.yaml"

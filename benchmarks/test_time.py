@@ -16,14 +16,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from segmentation.data import split_ids
+from segmentation.data.images import read_mask, read_photo
+from segmentation.data.pairs import split_ids
+from segmentation.data.voc import VocFolder
 from segmentation.errors import PipelineError
 from segmentation.files import write_json
-from segmentation.images import read_mask, read_photo
-from segmentation.metrics import confusion_matrices, miou
+from segmentation.metrics.confusion import confusion_matrices, miou
 from segmentation.paths import MANIFEST, MODEL, RAW
-from segmentation.predictor import Augmentation, Predictor
-from segmentation.voc import VocFolder
+from segmentation.prediction.predictor import Augmentation, Predictor
 
 SCALES = (0.75, 1.0, 1.25)
 VARIANTS = {

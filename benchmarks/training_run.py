@@ -20,12 +20,12 @@ import torch
 
 from benchmarks.side_by_side import in_a_fresh_process, line, parser, run, settings_for, timed
 from benchmarks.training_step import PlainStep
-from segmentation.data import PairDataset, split_ids
-from segmentation.features import encode
-from segmentation.fetch import fetch
-from segmentation.preprocess import preprocess
-from segmentation.training import train
-from segmentation.voc import VocFolder
+from segmentation.data.fetch import fetch
+from segmentation.data.pairs import PairDataset, split_ids
+from segmentation.data.preprocess import preprocess
+from segmentation.data.voc import VocFolder
+from segmentation.model.features import encode
+from segmentation.training.loop import train
 
 
 def main() -> None:

@@ -17,12 +17,12 @@ from segmentation_models_pytorch.losses import LovaszLoss
 from torch import Tensor, nn
 
 from benchmarks.side_by_side import compare, in_a_fresh_process, line, parser, real_masks, run, settings_for, take_turns
-from segmentation import model as model_files
-from segmentation.losses import lovasz_softmax
-from segmentation.model import Segmenter
-from segmentation.optimisation import optimiser, precision
-from segmentation.training import model_card
-from segmentation.voc import CLASSES, VOID
+from segmentation.data.voc import CLASSES, VOID
+from segmentation.model import segmenter as model_files
+from segmentation.model.segmenter import Segmenter
+from segmentation.training.loop import model_card
+from segmentation.training.losses import lovasz_softmax
+from segmentation.training.optimizer import optimiser, precision
 
 
 class PlainSegmenter(nn.Module):

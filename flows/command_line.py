@@ -16,7 +16,7 @@ from ruamel.yaml.error import YAMLError
 
 from segmentation.errors import PipelineError
 from segmentation.paths import check_checkout, project_root, scratch
-from segmentation.store import tracking_uri
+from segmentation.registry.store import tracking_uri
 
 T = TypeVar("T")
 

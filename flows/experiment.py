@@ -22,6 +22,7 @@ import psutil
 from ruamel.yaml import YAML
 
 from flows.password import CLIENT, SERVER
+from segmentation.data.voc import VocFolder, parse_lines
 from segmentation.errors import PipelineError
 from segmentation.files import sha256_file, sha256_json
 from segmentation.paths import (
@@ -35,7 +36,6 @@ from segmentation.paths import (
     project_root,
 )
 from segmentation.settings import Settings, load_settings
-from segmentation.voc import VocFolder, parse_lines
 
 GRACE_SECONDS = 10
 
@@ -270,7 +270,7 @@ def check_settings(overrides: Mapping[str, Any], named: str) -> Settings:
     settings = load_settings(project_root() / "params.yaml", overrides, named)
     for key, value in overrides.items():
         _hydra(key, value)
-    from segmentation.encoder import check_encoder  # torch takes seconds
+    from segmentation.model.encoder import check_encoder  # torch takes seconds
 
     check_encoder(settings.encoder, settings.preprocess.image_size, settings.decoder.skip_connections)
     return settings

@@ -53,9 +53,9 @@ def _expanded(text: str) -> Path:
 @task(cache_policy=NO_CACHE)
 def predict_folder(source: Path, out: Path, which: str, overlays: bool) -> dict[str, Any]:
     """All photos, one after the other, with a progress artifact."""
-    from segmentation.batch import LEFT_OUT, describe, predict_photos
-    from segmentation.client import MODEL_NAME, connect
-    from segmentation.versions import find_version, load_predictor
+    from segmentation.prediction.batch import LEFT_OUT, describe, predict_photos
+    from segmentation.registry.client import MODEL_NAME, connect
+    from segmentation.registry.versions import find_version, load_predictor
 
     version = find_version(connect(), which)
     log = get_run_logger()

@@ -21,17 +21,17 @@ from prefect.states import Completed
 from flows import experiment
 from flows.local import by_hand
 from flows.register import server_away
-from segmentation import aliases
-from segmentation.client import MODEL_NAME
 from segmentation.errors import PipelineError
 from segmentation.names import markdown as escaped
 from segmentation.names import one_line
 from segmentation.paths import project_root
 from segmentation.progress import lines_to
+from segmentation.registry import aliases
+from segmentation.registry.client import MODEL_NAME
 from segmentation.settings import PromoteSettings, load_settings
 
 if TYPE_CHECKING:
-    from segmentation.promotion import Contest
+    from segmentation.registry.promotion import Contest
 
 OUTCOMES = {"promote": "Promoted", "refuse": "Refused", "keep": "Unchanged"}
 
@@ -50,7 +50,7 @@ def promote(candidate: str = "challenger", force_reason: str | None = None) -> d
     Returns:
         The decision, as it is recorded.
     """
-    from segmentation.promotion import contest
+    from segmentation.registry.promotion import contest
 
     if force_reason is not None:
         force_reason = checked_reason("force_reason", force_reason, "say why the gate is overridden, or leave it out")
@@ -85,7 +85,7 @@ def checked_reason(name: str, reason: str, remedy: str) -> str:
 @task(cache_policy=NO_CACHE)
 def decide(found: Contest, settings: PromoteSettings, force_reason: str | None) -> dict[str, Any]:
     """Both models on the val photos that DVC keeps at the candidate's commit, whatever lies in `data/` now."""
-    from segmentation.promotion import decide
+    from segmentation.registry.promotion import decide
 
     pairs = experiment.evaluation_set(found.candidate.tags["experiment_commit"])
     with lines_to(get_run_logger().info):

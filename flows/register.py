@@ -15,8 +15,8 @@ from prefect.cache_policies import NO_CACHE
 
 from flows.experiment import Revision, copy_out, find_revision, lineage
 from flows.local import by_hand
-from segmentation.client import MODEL_NAME, ServerAwayError
-from segmentation.registry import Registered
+from segmentation.registry.client import MODEL_NAME, ServerAwayError
+from segmentation.registry.register import Registered
 
 
 @flow(name="register")
@@ -38,7 +38,7 @@ def server_away(task: Any, run: Any, state: Any) -> bool:
 @task(cache_policy=NO_CACHE, retries=2, retry_delay_seconds=5, retry_condition_fn=server_away)
 def register_model(revision: Revision, folder: Path, run_id: str | None) -> Registered:
     """Log the files of `folder` to MLflow and register its model; a tracking server that is away is tried again."""
-    from segmentation import registry
+    from segmentation.registry import register as registry
 
     return registry.register(folder, lineage(revision, folder), run_id)
 

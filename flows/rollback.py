@@ -15,10 +15,10 @@ from prefect.states import Completed
 
 from flows.local import by_hand
 from flows.promote import checked_reason, move, record
-from segmentation import aliases
-from segmentation.client import MODEL_NAME
 from segmentation.errors import PipelineError
 from segmentation.names import markdown
+from segmentation.registry import aliases
+from segmentation.registry.client import MODEL_NAME
 
 
 @flow(name="rollback")

@@ -25,7 +25,7 @@ import psutil
 from flows.password import get_password
 from segmentation.errors import PipelineError
 from segmentation.paths import check_checkout, project_root, scratch
-from segmentation.store import REGISTRY, TRACKING, own_store
+from segmentation.registry.store import REGISTRY, TRACKING, own_store
 
 HOST = "127.0.0.1"
 START_LIMIT = 120.0

@@ -26,12 +26,12 @@ from flows.experiment import Revision
 from flows.local import by_hand
 from flows.register import register_model
 from flows.services import GPU
-from segmentation.client import MODEL_NAME, ServerAwayError
 from segmentation.errors import PipelineError
+from segmentation.evaluation.verdict import caveat
 from segmentation.paths import DATA_CHECKS, EVALUATION, REPORT, TRAINING
-from segmentation.registry import Registered
-from segmentation.store import TRACKING, tracking_uri
-from segmentation.verdict import caveat
+from segmentation.registry.client import MODEL_NAME, ServerAwayError
+from segmentation.registry.register import Registered
+from segmentation.registry.store import TRACKING, tracking_uri
 
 
 @flow(name="train")
@@ -137,7 +137,7 @@ def _kept(name: str) -> Iterator[None]:
 
 def _open_run(name: str) -> str | None:
     """A run for the live curves; training goes on without one when the tracking server is away, and only then."""
-    from segmentation.registry import start_run
+    from segmentation.registry.register import start_run
 
     try:
         return start_run(name)
@@ -147,7 +147,7 @@ def _open_run(name: str) -> str | None:
 
 
 def _close_run(run_id: str | None, status: str) -> None:
-    from segmentation.registry import end_run
+    from segmentation.registry.register import end_run
 
     if run_id is None:
         return

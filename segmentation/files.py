@@ -7,10 +7,12 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+PACKAGE = Path(__file__).parent
 
 
 @contextmanager
@@ -58,3 +60,8 @@ def sha256_file(path: Path) -> str:
 def sha256_json(value: Any) -> str:
     """Hash of a JSON-able value, independent of key order."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def sha256_code(modules: Iterable[str]) -> dict[str, str]:
+    """Hashes of modules of this package, each named by its path in it: `model/encoder`."""
+    return {name: sha256_file(PACKAGE / f"{name}.py") for name in modules}

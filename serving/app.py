@@ -13,10 +13,10 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse
 from starlette.exceptions import HTTPException
 
-from segmentation.client import MODEL_NAME
-from segmentation.images import Pixels
-from segmentation.predictor import class_shares
-from segmentation.voc import palette
+from segmentation.data.images import Pixels
+from segmentation.data.voc import palette
+from segmentation.prediction.predictor import class_shares
+from segmentation.registry.client import MODEL_NAME
 from serving import limits
 from serving.champion import Champion, Served
 from serving.http import Bodies, Guard, Refused, answer_fault, preferred

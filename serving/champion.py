@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-from segmentation.client import MODEL_NAME, connect
 from segmentation.errors import PipelineError
-from segmentation.predictor import Predictor
-from segmentation.versions import find_version, load_predictor
+from segmentation.prediction.predictor import Predictor
+from segmentation.registry.client import MODEL_NAME, connect
+from segmentation.registry.versions import find_version, load_predictor
 from serving import limits
 
 ALIAS = "champion"

@@ -14,10 +14,10 @@ import numpy as np
 from PIL import Image
 from starlette.requests import ClientDisconnect
 
+from segmentation.data.file_kinds import HEAD, kind_of
+from segmentation.data.images import Pixels, read_photo
 from segmentation.errors import PipelineError
-from segmentation.file_kinds import HEAD, kind_of
-from segmentation.images import Pixels, read_photo
-from segmentation.predictor import Predictor, mask_at, mask_png
+from segmentation.prediction.predictor import Predictor, mask_at, mask_png
 from serving import limits
 from serving.champion import Champion, Served
 from serving.http import Refused

@@ -6,7 +6,7 @@ from stages._stage import run_stage
 
 
 def main(settings: Settings) -> None:
-    from segmentation.features import encode
+    from segmentation.model.features import encode
 
     encode(settings, PROCESSED, FEATURES, scratch())
 

@@ -6,8 +6,8 @@ from stages._stage import run_stage
 
 
 def main(settings: Settings) -> None:
-    from segmentation.evaluation import evaluate
-    from segmentation.report import write_report
+    from segmentation.evaluation.evaluate import evaluate
+    from segmentation.reporting.report import write_report
 
     evaluate(MODEL, RAW, FEATURES, MANIFEST, EVALUATION, settings.evaluate)
     write_report(REPORT, TRAINING, EVALUATION, DATA_CHECKS, MODEL, RAW, settings)

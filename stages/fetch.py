@@ -5,10 +5,10 @@ from stages._stage import run_stage
 
 
 def main(settings: Settings) -> None:
-    from segmentation.fetch import fetch
+    from segmentation.data.fetch import fetch
 
     if settings.fetch.source != "sample":  # what is wrong with it shows before a long download
-        from segmentation.encoder import check_encoder
+        from segmentation.model.encoder import check_encoder
 
         check_encoder(settings.encoder, settings.preprocess.image_size, settings.decoder.skip_connections)
     fetch(settings.fetch)

@@ -6,7 +6,7 @@ from stages._stage import run_stage
 
 
 def main(settings: Settings) -> None:
-    from segmentation.preprocess import preprocess
+    from segmentation.data.preprocess import preprocess
 
     preprocess(RAW, PROCESSED, settings.preprocess.image_size)
 

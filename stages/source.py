@@ -6,7 +6,7 @@ from stages._stage import run_stage
 
 
 def main(settings: Settings) -> None:
-    from segmentation.fetch import fingerprint
+    from segmentation.data.fetch import fingerprint
     from segmentation.files import write_json
 
     write_json(SOURCE, {"source": settings.fetch.source, "fingerprint": fingerprint(settings.fetch)})

@@ -1,15 +1,15 @@
 """Let Great Expectations judge every mask of data/processed; a broken critical rule fails the stage."""
 
+from segmentation.data.voc import VocFolder
 from segmentation.paths import DATA_CHECKS, MANIFEST, PROCESSED, RAW, scratch
 from segmentation.settings import Settings
-from segmentation.voc import VocFolder
 from stages._stage import run_stage
 
 
 def main(settings: Settings) -> None:
-    from segmentation.checks import check_masks
+    from segmentation.checks.checks import check_masks
+    from segmentation.data.palettes import find_reference
     from segmentation.files import sha256_file, write_json
-    from segmentation.palettes import find_reference
 
     folder = VocFolder(RAW)
     classes = folder.classes()

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from segmentation.images import Pixels, mask_image
-from segmentation.voc import CLASSES, VOID
+from segmentation.data.images import Pixels, mask_image
+from segmentation.data.voc import CLASSES, VOID
 
 TRAIN, VAL = 1464, 1449
 UNLISTED = 14_212  # photos that no list of segmentation names

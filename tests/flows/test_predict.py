@@ -10,11 +10,11 @@ from prefect.utilities.callables import parameter_schema
 from ruamel.yaml import YAML
 
 from flows.predict import predict
-from segmentation.client import connect
+from segmentation.data.images import read_mask, read_photo
+from segmentation.data.sample import draw_sample
 from segmentation.errors import PipelineError
-from segmentation.images import read_mask, read_photo
-from segmentation.sample import draw_sample
-from segmentation.versions import find_version, load_predictor
+from segmentation.registry.client import connect
+from segmentation.registry.versions import find_version, load_predictor
 from tests.conftest import environment
 
 

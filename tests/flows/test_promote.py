@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 from flows import promote as promotion
 from flows.promote import promote
 from flows.rollback import rollback
-from segmentation import aliases as registry_aliases
 from segmentation import progress
-from segmentation.client import MODEL_NAME, connect
 from segmentation.errors import PipelineError
 from segmentation.files import sha256_file, write_json
-from segmentation.registry import register
+from segmentation.registry import aliases as registry_aliases
+from segmentation.registry.client import MODEL_NAME, connect
+from segmentation.registry.register import register
 
 KEY = "promotion-decision"
 

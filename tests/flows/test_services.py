@@ -108,8 +108,8 @@ def services(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Services:
     for entry in YAML(typ="safe").load((root / "prefect.yaml").read_text(encoding="utf-8"))["deployments"]:
         file, name = entry["entrypoint"].split(":")
         (folder / file).write_text(f"from prefect import flow\n\n\n@flow\ndef {name}(): ...\n", encoding="utf-8")
-    (folder / "segmentation").mkdir()
-    for name in ("__init__.py", "account.py", "errors.py", "paths.py", "store.py"):
+    (folder / "segmentation" / "registry").mkdir(parents=True)
+    for name in ("__init__.py", "account.py", "errors.py", "paths.py", "registry/__init__.py", "registry/store.py"):
         shutil.copy(root / "segmentation" / name, folder / "segmentation" / name)
     return Services(folder)
 
@@ -153,6 +153,7 @@ def test_the_attack_works_where_no_password_is_asked(browser: Any) -> None:
     assert {flows[WAYS[0]], flows[WAYS[1]]} <= {run["flow_id"] for run in runs}
 
 
+@pytest.mark.slow
 def test_all_start_run_a_flow_and_stop_together(
     services: Services, running: subprocess.Popen[bytes], browser: Any
 ) -> None:

@@ -30,14 +30,14 @@ from flows.experiment import Revision, _hydra, evaluation_set, kill_tree
 from flows.password import CLIENT
 from flows.register import register, register_model
 from flows.train import _gpu_slot, train
-from segmentation.client import connect
+from segmentation.data.images import read_mask
+from segmentation.data.sample import draw_sample
+from segmentation.data.voc import CLASSES, VocFolder
 from segmentation.errors import PipelineError
-from segmentation.images import read_mask
-from segmentation.metrics import confusion_matrices
-from segmentation.predictor import Augmentation, Predictor
-from segmentation.registry import end_run, start_run
-from segmentation.sample import draw_sample
-from segmentation.voc import CLASSES, VocFolder
+from segmentation.metrics.confusion import confusion_matrices
+from segmentation.prediction.predictor import Augmentation, Predictor
+from segmentation.registry.client import connect
+from segmentation.registry.register import end_run, start_run
 from tests.conftest import TINY, environment, git
 
 MODEL = "voc-segmentation"

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from segmentation import archive as module
 from segmentation import progress
-from segmentation.archive import check_md5, download, extract_voc
+from segmentation.data import archive as module
+from segmentation.data.archive import check_md5, download, extract_voc
+from segmentation.data.voc import SPLITS, VocFolder
 from segmentation.errors import PipelineError
-from segmentation.voc import SPLITS, VocFolder
 
 SUBSET = Path(__file__).parents[3] / "shared" / "voc2012-subset" / "VOCdevkit"
 BODY = bytes(range(256)) * 4000

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from segmentation.data.fetch import fetch
+from segmentation.data.images import mask_image, read_mask
+from segmentation.data.voc import CLASSES, VOID, VocFolder
 from segmentation.errors import PipelineError
-from segmentation.fetch import fetch
-from segmentation.images import mask_image, read_mask
 from segmentation.settings import FetchSettings
-from segmentation.voc import CLASSES, VOID, VocFolder
 
 LABELS = np.array([[0, 1, 2, 2], [0, 1, 1, VOID]], np.uint8)
 CVAT = "# label:color_rgb:parts:actions\nbackground:0,0,0::\ncat:250,50,83::\ndog:51,221,255::\n"

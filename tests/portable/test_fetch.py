@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
+from segmentation.data.fetch import fetch, fingerprint
+from segmentation.data.photo_ids import read_problems
+from segmentation.data.voc import CLASSES, SPLITS, VocFolder
 from segmentation.errors import PipelineError
-from segmentation.fetch import fetch, fingerprint
-from segmentation.photo_ids import read_problems
 from segmentation.settings import FetchSettings
-from segmentation.voc import CLASSES, SPLITS, VocFolder
 
 NFD = unicodedata.normalize("NFD", "Ünï")
 FILES = {
@@ -67,7 +67,7 @@ def raw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The checkout is a temporary folder; its data/raw."""
     (tmp_path / "checkout").mkdir()
     monkeypatch.chdir(tmp_path / "checkout")
-    monkeypatch.setattr("segmentation.archive.PAUSE", 0.0)
+    monkeypatch.setattr("segmentation.data.archive.PAUSE", 0.0)
     return Path("data/raw")
 
 

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from segmentation.data.images import decode_mask, decode_photo, mask_image, read_mask, read_photo, resize_mask
+from segmentation.data.voc import VOID, VocFolder, palette
 from segmentation.errors import PipelineError
-from segmentation.images import decode_mask, decode_photo, mask_image, read_mask, read_photo, resize_mask
-from segmentation.voc import VOID, VocFolder, palette
 from tests.conftest import png_declaring
 
 

@@ -2,9 +2,9 @@
 
 import pytest
 
+from segmentation.data.palettes import Painted, Reference, conflicts, find_reference
+from segmentation.data.voc import CLASSES, VOID, VocFolder
 from segmentation.errors import PipelineError
-from segmentation.palettes import Painted, Reference, conflicts, find_reference
-from segmentation.voc import CLASSES, VOID, VocFolder
 
 BLACK, RED, GREEN, BLUE, WHITE = (0, 0, 0), (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 BORDER, AEROPLANE, CAT, DOG = (224, 224, 192), (128, 0, 0), (64, 0, 0), (64, 0, 128)

@@ -3,8 +3,8 @@ from collections.abc import Iterable
 
 import pytest
 
-from segmentation.photo_ids import Listed, PairFinder, id_fault, other_names, read_problems, write_lists
-from segmentation.voc import VocFolder
+from segmentation.data.photo_ids import Listed, PairFinder, id_fault, other_names, read_problems, write_lists
+from segmentation.data.voc import VocFolder
 
 HINDI = "बिल्ली क्षि"
 NFC = "Ünïcödé é"

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from segmentation.sample import PHOTOS, SIDES, draw_sample
-from segmentation.voc import CLASSES, SPLITS, VOID, VocFolder, palette
+from segmentation.data.sample import PHOTOS, SIDES, draw_sample
+from segmentation.data.voc import CLASSES, SPLITS, VOID, VocFolder, palette
 
 
 def hashes(root: Path) -> dict[str, str]:

@@ -4,7 +4,7 @@ import pytest
 
 from segmentation.errors import PipelineError
 from segmentation.paths import project_root
-from segmentation.store import database_file, own_store, shown, tracking_uri
+from segmentation.registry.store import database_file, own_store, shown, tracking_uri
 
 
 @pytest.fixture(autouse=True)

@@ -2,8 +2,8 @@ import os
 
 import pytest
 
+from segmentation.data.voc import CLASSES, SPLITS, VocFolder, is_background, parse_lines
 from segmentation.errors import PipelineError
-from segmentation.voc import CLASSES, SPLITS, VocFolder, is_background, parse_lines
 
 
 def test_a_folder_names_its_photos_masks_lists_and_classes(tmp_path):

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from segmentation.images import mask_image
-from segmentation.voc import VocFolder
+from segmentation.data.images import mask_image
+from segmentation.data.voc import VocFolder
 
 
 @pytest.fixture

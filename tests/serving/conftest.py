@@ -15,11 +15,11 @@ import requests
 from PIL import Image
 
 from benchmarks.serving import register_random
-from segmentation.client import MODEL_NAME, connect
-from segmentation.images import mask_image, read_photo
-from segmentation.model import ModelCard
-from segmentation.predictor import Augmentation, Predictor
-from segmentation.voc import CLASSES
+from segmentation.data.images import mask_image, read_photo
+from segmentation.data.voc import CLASSES
+from segmentation.model.segmenter import ModelCard
+from segmentation.prediction.predictor import Augmentation, Predictor
+from segmentation.registry.client import MODEL_NAME, connect
 from tests.conftest import ROOT
 
 CARD = ModelCard(

@@ -12,8 +12,8 @@ import pytest
 import requests
 from PIL import Image
 
-from segmentation.client import MODEL_NAME
-from segmentation.voc import CLASSES
+from segmentation.data.voc import CLASSES
+from segmentation.registry.client import MODEL_NAME
 from serving.http import preferred
 from tests.serving.conftest import mask_png, photo
 

@@ -10,10 +10,10 @@ import pytest
 import requests
 
 from benchmarks.serving import register_random
-from segmentation import model as model_files
-from segmentation.client import MODEL_NAME, connect
 from segmentation.errors import PipelineError
-from segmentation.predictor import Predictor
+from segmentation.model import segmenter as model_files
+from segmentation.prediction.predictor import Predictor
+from segmentation.registry.client import MODEL_NAME, connect
 from serving.__main__ import bind
 from serving.champion import Champion
 from serving.worker import Worker
@@ -158,6 +158,7 @@ def test_without_a_champion_the_server_ends_and_says_what_to_do(store, server):
     assert "Traceback" not in late.text()
 
 
+@pytest.mark.slow
 def test_an_address_that_cannot_be_had_is_refused_before_the_model_is_loaded(store, server):
     other = Server(store, "--port", str(server.port))
     assert other.process.wait(timeout=60) == 1

@@ -15,7 +15,7 @@ import requests
 import torch
 import uvicorn
 
-from segmentation.predictor import Predictor
+from segmentation.prediction.predictor import Predictor
 from serving import limits
 from serving.app import create_app
 from serving.champion import Served

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from segmentation.sample import draw_sample
-from segmentation.voc import VocFolder
+from segmentation.data.sample import draw_sample
+from segmentation.data.voc import VocFolder
 from tests.conftest import TINY, environment, git
 
 DVC = (sys.executable, "-m", "dvc")
