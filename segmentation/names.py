@@ -9,7 +9,7 @@ import unicodedata
 _JOINERS = "\N{ZERO WIDTH NON-JOINER}\N{ZERO WIDTH JOINER}"
 _UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # control, format, surrogate, line and paragraph separator
 # What a spreadsheet runs when it opens a table. After + - @ it needs a call, a link or another program.
-_FORMULA = re.compile(r"=|[+\-@].*[(|!]")
+_FORMULA = re.compile(r"=|[+\-@].*(\w\(|[|!])")
 
 
 def name_fault(name: str) -> str | None:

@@ -275,8 +275,8 @@ def rules(classes: Sequence[str], size: int, max_void_share: float) -> list[Rule
         Rule(
             "photo_uses_its_range",
             "warning",
-            "every 16-bit photo uses more than 14 of its bits",
-            "nothing need be done if the photo is that dark; else scale its values to 16 bits or save 8, and do so "
+            "every 16-bit photo uses the range of its values",
+            "nothing need be done if the photo is meant so; else scale its values to 16 bits or save 8, and do so "
             "with photos that the model sees later",
             "ExpectColumnValuesToBeNull",
             {"column": "photo_doubt"},

@@ -128,7 +128,9 @@ def build_rows(
         if mask := copies[row["id"]].mask:
             shown = labels_in_train if row["split"] == "train" else labels_in_val
             shown |= set(mask.labels)
-    clashes = conflicts([painted for row in manifest if (painted := _painted(row))], reference)
+    painted = [found for row in manifest if (found := _painted(row))]
+    grey = {label for row in manifest if row["original_colors"] is None for label in row["original_labels"] or ()}
+    clashes = conflicts(painted, reference, {*range(classes), *grey})
     # facts of the set as a whole, which the first row of train carries
     whole = {
         "labels_missing_in_train": _text(x for x in range(classes) if x not in labels_in_train | labels_in_val),

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from segmentation.data.voc import CLASSES, VocFolder, check_names, read_lines
+from segmentation.data.voc import CLASSES, VOID, VocFolder, check_names, read_lines
 from segmentation.errors import PipelineError
 
 LABELME, CVAT = "class_names.txt", "labelmap.txt"
@@ -35,7 +35,7 @@ def find_class_names(folder: VocFolder) -> ClassNames:
     if os.path.lexists(path := folder.root / LABELME):
         names = read_lines(path, "write one class name a line, background first")
     elif os.path.lexists(path := folder.root / CVAT):
-        names = list(read_labelmap(path))
+        names = _without_void(path, list(read_labelmap(path)))
     else:
         return ClassNames(list(CLASSES), None)
     check_names(path, names)
@@ -62,6 +62,26 @@ def read_labelmap(path: Path) -> dict[str, Color | None]:
             raise PipelineError(f"{path}: named more than once: {name}")
         labels[name] = parse_color(path, line, color.split(",")) if color else None
     return labels
+
+
+def is_void(name: str) -> bool:
+    """Whether a line of `labelmap.txt` means void, as tools spell it."""
+    return name.casefold() in ("ignored", "ignore", "void")
+
+
+def _without_void(path: Path, names: list[str]) -> list[str]:
+    """The classes among the names: void is 255 in a mask, and no class.
+
+    Raises:
+        PipelineError: void stands before a class, so which id that class has cannot be known.
+    """
+    if any(map(is_void, names[:-1])):
+        void = next(filter(is_void, names))
+        raise PipelineError(
+            f"{path}: {void} stands before {names[-1]}. Void is {VOID} in a mask and no class: if the masks are of "
+            f"colors, write {void} on the last line; if they are of ids, write the names of all ids into classes.txt"
+        )
+    return names[:-1] if names and is_void(names[-1]) else names
 
 
 def parse_color(path: Path, line: str, channels: list[str]) -> Color:

@@ -21,6 +21,7 @@ MAX_PIXELS = 50_000_000
 # A 16-bit photo whose brightest value needs no more bits than this comes, most likely, from a sensor of 10, 12 or 14
 # bits, and its values were not scaled to 16.
 SENSOR_BITS = 14
+NARROW = 2**13  # of 16 bits: 32 of 256 shades
 
 Pixels = NDArray[np.uint8]
 
@@ -54,14 +55,18 @@ def read_photo(source: Path | bytes) -> tuple[Image.Image, str]:
     """
     photo = decode_photo(source)
     if photo.doubt:
-        warnings.warn(f"{_name(source)}: {photo.doubt}; if so, scale them to 16 bits, or save 8", stacklevel=2)
+        warnings.warn(
+            f"{_name(source)}: {photo.doubt}; if its values are not meant so, scale them to 16 bits, or save 8",
+            stacklevel=2,
+        )
     return photo.image, photo.kind
 
 
 def decode_photo(source: Path | bytes) -> Photo:
     """As `read_photo`, but with the doubt in words instead of a warning."""
     image, stored = _open(source, ("JPEG", "PNG"))
-    kind, doubt = image.format or "", _doubt(image, stored)
+    # phones put a second picture, of depth or for 3D, behind the first: such a JPEG is an MPO
+    kind, doubt = "JPEG" if image.format == "MPO" else f"{image.format}", _doubt(image, stored)
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         # Pillow would clip 16 bits at 255, which makes nearly all of a photo white. The upper byte is what it takes of
@@ -155,7 +160,13 @@ def _open(source: Path | bytes, formats: tuple[str, ...]) -> tuple[Image.Image, 
 def _doubt(image: Image.Image, stored: str) -> str | None:
     """In words, whether a 16-bit photo uses so little of its range that its values may mean something else."""
     if image.mode.startswith("I"):
-        brightest = int(np.asarray(image).max())
+        values = np.asarray(image)
+        low, high, brightest = (int(value) for value in np.percentile(values, (1, 99, 100)))
+        if high > 2**SENSOR_BITS and 0 < high - low < NARROW:  # thermal cameras, CT
+            return (
+                f"nearly all its values lie between {low:,} and {high:,} of {2**16 - 1:,}, so at most "
+                f"{(high >> 8) - (low >> 8) + 1} of 256 shades remain"
+            )
     elif stored.endswith(";16B"):
         # Pillow keeps the upper byte alone, of all channels; alpha is no brightness
         brightest = (int(np.asarray(image.convert("RGB")).max()) << 8) + 255

@@ -7,11 +7,11 @@ mask as before, and a cat is a dog. Only the palette tells.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from segmentation.data.class_names import CVAT, Color, parse_color, read_labelmap
+from segmentation.data.class_names import CVAT, Color, is_void, parse_color, read_labelmap
 from segmentation.data.voc import CLASSES, VOID, VocFolder, palette, read_lines
 from segmentation.errors import PipelineError
 
@@ -63,6 +63,9 @@ def find_reference(folder: VocFolder, names: Sequence[str]) -> Reference | None:
     if os.path.lexists(path := folder.root / CVAT):
         labels = read_labelmap(path)
         known = {label: color for label, name in enumerate(names) if (color := labels.get(name)) is not None}
+        for name, color in labels.items():
+            if color and is_void(name) and name not in names:
+                known[VOID] = color
         _refuse_twice(path, known)
         if known:
             return Reference(CVAT, known)
@@ -90,17 +93,30 @@ def in_words(color: Color) -> str:
     return "color " + " ".join(map(str, color))
 
 
-def conflicts(masks: Sequence[Painted], reference: Reference | None) -> dict[str, str]:
+def conflicts(
+    masks: Sequence[Painted], reference: Reference | None, ids: Collection[int] = frozenset()
+) -> dict[str, str]:
     """What is wrong with the palettes, by the masks' files.
 
-    A grey palette says nothing beyond the labels. Any other is held to the reference; what the reference says nothing
-    about must agree within the set: masks of the commonest palette are right, others must not have its colors at other
-    labels, nor other colors at its labels. One palette may have a color twice.
+    A palette in which each label has its own grey (label 5 is 5 5 5) says nothing beyond the labels. In a palette of
+    greys alone, the grey of another id is refused: a tool has made a palette PNG of a grey mask, and renumbered it. Any
+    other palette is held to the reference; what the reference says nothing about must agree within the set: masks of
+    the commonest palette are right, others must not have its colors at other labels, nor other colors at its labels.
+    One palette may have a color twice.
+
+    Args:
+        masks: all palette masks of the set.
+        reference: which color stands for which label, if anything says so.
+        ids: labels that a grey mask of this set may have.
     """
     found: dict[str, str] = {}
     groups: dict[str, _Group] = {}
+    renumbered = _renumbered_greys(masks, ids)
     for mask in masks:
         if all(color == (label,) * 3 for label, color in mask.colors.items()):
+            continue
+        if mask.palette in renumbered:
+            found[mask.file] = renumbered[mask.palette]
             continue
         if (words := _outside(mask) or _against(reference, mask)) is not None:
             found[mask.file] = words
@@ -116,6 +132,25 @@ def conflicts(masks: Sequence[Painted], reference: Reference | None) -> dict[str
             for file, colors in group.masks.items():
                 if (words := agreed.contradicted_by(colors, group.labels)) is not None:
                     found[file] = words
+    return found
+
+
+def _renumbered_greys(masks: Sequence[Painted], ids: Collection[int]) -> dict[str, str]:
+    """What is wrong with palettes of greys alone, by palette; black may stand anywhere, as padding and void do."""
+    palettes: dict[str, dict[int, Color]] = {}
+    for mask in masks:
+        known = {label: color for label, color in mask.colors.items() if color is not None}
+        palettes.setdefault(mask.palette, {}).update(known)
+    found = {}
+    for name, colors in palettes.items():
+        if any(len(set(color)) > 1 for color in colors.values()):
+            continue
+        own = any(label and color[0] == label for label, color in colors.items())
+        for label, (grey, *_) in sorted(colors.items()):
+            # white is the one grey that people paint with: as void it is known by its neighbors or by other masks
+            if grey not in (0, label) and (grey in ids or (grey == VOID and own)):
+                found[name] = f"label {label} has the grey {grey} {grey} {grey}, which is label {grey} in a grey mask"
+                break
     return found
 
 

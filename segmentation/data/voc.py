@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import os
+import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -99,6 +100,10 @@ def check_names(path: Path, names: Sequence[str]) -> None:
         raise PipelineError(f"{path}: named more than once: {', '.join(twice)}")
     if faults := [fault for name in names if (fault := name_fault(name))]:
         raise PipelineError(f"{path}: class {'; class '.join(faults)}; write it as plain text")
+    if faults := [fault for name in names if (fault := _more_than_a_name(name))]:
+        raise PipelineError(f"{path}: {'; '.join(faults)}; write one bare name a line, in the order of the ids")
+    if all(re.match(r"\d+\s+\S", name) for name in names):
+        raise PipelineError(f"{path}: each line begins with a number; write the bare names, in the order of the ids")
     if IGNORE in names:
         raise PipelineError(
             f"{path}: {IGNORE} is no class: it is how labelme's labels.txt writes void, which is {VOID} in a mask. "
@@ -111,9 +116,22 @@ def check_names(path: Path, names: Sequence[str]) -> None:
         )
 
 
+def _more_than_a_name(line: str) -> str | None:
+    """What a line of a table, of a list in YAML or of code holds beside the name; None where it is a bare name."""
+    cases = (
+        (r"#.*", "is a comment"),
+        (r"\d+\s*[:;,=].*", "begins with an id"),
+        (r"-\s+\S.*", "begins with a list mark"),
+        (r"(['\"]).*\1,?", "is in quotes"),
+        (r".*[,;:]", "ends with a separator"),
+        (r".*[,;:]\s*\d+", "holds numbers"),
+    )
+    return next((f"the line {line!r} {fault}" for pattern, fault in cases if re.fullmatch(pattern, line)), None)
+
+
 def is_background(name: str) -> bool:
-    """Whether a class is what no object covers, as tools spell it: background, Background, _background_."""
-    return name.strip("_ ").casefold() == "background"
+    """Whether a class is what no object covers, as tools spell it: background, Background, _background_, BG."""
+    return name.strip("_ ").casefold() in ("background", "bg")
 
 
 def parse_lines(text: bytes) -> list[str]:

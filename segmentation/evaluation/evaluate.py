@@ -103,7 +103,7 @@ def evaluate(
         "miou_high": miou_ends[1].item(),
         "interval": too_few(labelled(confusions)) or "95 % interval {:.4f} to {:.4f}".format(*miou_ends.tolist()),
         **headline,
-        "classes_scored": int(class_iou(confusion).isfinite().sum()),
+        "classes_shown": int((confusion.sum(1) > 0).sum()),
         "boundary_iou": boundary_iou(border).nanmean().item(),
         "calibration_error": error,
         "training_size": {

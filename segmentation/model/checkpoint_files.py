@@ -106,6 +106,9 @@ def find_vit(content: Mapping[str, Any]) -> dict[str, Any]:
     if not prefixes:
         return dict(content)
     prefix = min(prefixes, key=lambda p: (not _PREFERRED.search(p), bool(_LAST.search(p)), len(p), p))
+    if len(prefixes) > 1:
+        others = ", ".join(other or "(no name)" for other in sorted(prefixes - {prefix}))
+        print(f"encoder.checkpoint: note: it holds several ViTs; {prefix or '(no name)'} is taken, not {others}")
     state = {key.removeprefix(prefix): value for key, value in flat.items() if key.startswith(prefix)}
     return _from_hugging_face(state) if _ANCHORS[1] in state else state
 

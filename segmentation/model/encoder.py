@@ -288,7 +288,8 @@ def _differences(state: Mapping[str, Any], vit: ViT) -> str:
     lacking = [key for key in wanted if key not in state]
     besides = [key for key in state if key not in wanted]
     shaped = [key for key in wanted if key in state and wanted[key].shape != getattr(state[key], "shape", None)]
-    cases = (("without", lacking), ("with", besides), ("of another shape in", shaped))
+    whole = [key for key in wanted if isinstance(state.get(key), Tensor) and not state[key].is_floating_point()]
+    cases = (("without", lacking), ("with", besides), ("of another shape in", shaped), ("whole numbers in", whole))
     return ", ".join(
         f"{word} {keys[0]}" + f" and {len(keys) - 1} more" * (len(keys) > 1) for word, keys in cases if keys
     )

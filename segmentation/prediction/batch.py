@@ -103,7 +103,7 @@ def find_photos(source: Path) -> Found:
         except UnicodeDecodeError:
             raise PipelineError(f"{source}: no UTF-8 text; write the path of one photo a line") from None
         folder = _real(source.absolute().parent)
-        paths = dict.fromkeys(os.path.normpath(folder / line.rstrip("\r")) for line in lines if line.strip())
+        paths = dict.fromkeys(_plain_path(folder / line.rstrip("\r")) for line in lines if line.strip())
         photos = [Photo(Path(path), path.lstrip("/")) for path in paths]
     if not photos:
         others = f"; {describe(left_out)}" if left_out else ""
@@ -120,6 +120,11 @@ def describe(left_out: Sequence[str]) -> str:
     for kind, names in sorted(kinds.items(), key=lambda one: -len(one[1])):
         parts.append(f"{len(names):,} {_line(kind)} ({', '.join(map(_line, names[:3]))}{', …' if names[3:] else ''})")
     return f"{len(left_out):,} left out, not named as JPEG or PNG: {', '.join(parts)}"
+
+
+def _plain_path(path: Path) -> str:
+    """A path without `..`, which after a link means the parent of what the link leads to."""
+    return str(_real(path.parent) / path.name) if ".." in path.parts else os.path.normpath(path)
 
 
 def _real(path: Path) -> Path:

@@ -49,7 +49,7 @@ def database_file(uri: str) -> Path | None:
 
 def shown(uri: str | None) -> str:
     """An address for a message or a log: without its user and password."""
-    return re.sub(r"://[^/]+@", "://***@", uri or "")
+    return re.sub(r"(^|://)[^/]+@", r"\1***@", uri or "")
 
 
 def _checked(name: str) -> str | None:
@@ -112,6 +112,11 @@ def _sqlite(name: str, text: str, rest: str) -> str:
 
 def _advice(text: str, scheme: str, rest: str) -> str:
     """What is wrong with an address of no usable kind, and the right spelling."""
+    if text[:1] in ("'", '"'):
+        return "is in quotes; write it without"
+    if not scheme and "@" in text.partition("/")[0]:
+        host = text.rpartition("@")[2]
+        return f"lacks its scheme; write http://{host}, and the login into MLFLOW_TRACKING_USERNAME and _PASSWORD"
     if scheme == "postgres":
         return f"is of a kind that SQLAlchemy does not know; write postgresql://{shown('://' + rest)[3:]}"
     if text.lower().startswith(("databricks", "uc:")):

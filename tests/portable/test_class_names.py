@@ -8,6 +8,7 @@ from PIL import Image
 
 from segmentation.data.fetch import fetch
 from segmentation.data.images import mask_image, read_mask
+from segmentation.data.palettes import find_reference
 from segmentation.data.voc import CLASSES, VOID, VocFolder
 from segmentation.errors import PipelineError
 from segmentation.settings import FetchSettings
@@ -85,6 +86,7 @@ def test_where_vocs_names_are_assumed_it_is_said_with_what_was_not_read(own, cap
         ("labelmap.txt", "background:0,0,0::\ncat:1,1,1::\ncat:2,2,2::\n", "named more than once: cat"),
         ("labelmap.txt", "background:0,0,0::\n:1,1,1::\n", "has no name"),
         ("labelmap.txt", "# nothing\n", "0 classes"),
+        ("labelmap.txt", "background:0,0,0::\nignored:224,224,192::\ncat:250,50,83::\n", "ignored stands before cat"),
     ],
 )
 def test_names_that_shift_the_ids_are_refused_under_the_users_path_and_nothing_is_copied(own, file, text, words):
@@ -94,6 +96,17 @@ def test_names_that_shift_the_ids_are_refused_under_the_users_path_and_nothing_i
     assert str(refused.value).startswith(f"{own.root / file}: ")
     assert words in str(refused.value)
     assert not Path("data/raw").exists()
+
+
+def test_void_in_a_labelmap_is_255_and_no_class(own):
+    (own.root / "labelmap.txt").write_text(CVAT + "ignored:224,224,192::\n")
+    paint(own.mask("a"))
+    raw = fetched(own)
+    assert raw.classes() == ["background", "cat", "dog"]
+    assert np.array_equal(read_mask(raw.mask("a")), LABELS)
+    reference = find_reference(raw, raw.classes())
+    assert reference is not None
+    assert reference.colors[VOID] == (224, 224, 192)
 
 
 def test_color_masks_become_class_ids_by_cvats_colors(own, capsys):

@@ -71,6 +71,22 @@ def test_a_16_bit_photo_that_uses_few_bits_is_read_as_it_is_and_doubted(brightes
         read_photo(source)
 
 
+def test_a_16_bit_photo_of_a_narrow_range_is_doubted():
+    thermal = np.linspace(29_000, 31_000, 12, dtype=np.uint16)
+    assert "at most 9 of 256 shades remain" in decode_photo(png(0, thermal)).doubt
+    wide = np.linspace(9_000, 61_000, 12, dtype=np.uint16)
+    assert decode_photo(png(0, wide)).doubt is None
+
+
+def test_a_jpeg_with_a_second_picture_is_a_jpeg():
+    stream = io.BytesIO()
+    first, second = Image.new("RGB", (4, 2), "red"), Image.new("RGB", (4, 2), "blue")
+    first.save(stream, "MPO", save_all=True, append_images=[second])
+    photo = decode_photo(stream.getvalue())
+    assert (photo.kind, photo.image.size) == ("JPEG", (4, 2))
+    assert photo.image.getpixel((0, 0))[0] > 200
+
+
 def test_a_dark_16_bit_color_photo_is_doubted_whatever_its_alpha():
     assert "12 of its 16 bits" in decode_photo(png(6, np.array([[4095, 0, 100, 65535]] * 3))).doubt
     assert decode_photo(png(6, np.array([[15, 0, 1, 255]] * 3), bits=8)).doubt is None

@@ -34,6 +34,37 @@ def test_a_grey_palette_says_nothing_beyond_the_labels(voc):
     assert conflicts(masks, None) == conflicts(masks, voc) == {}
 
 
+def grey(*ids: int) -> dict:
+    """The palette that a PNG optimizer makes of a grey mask: the ids that it shows, one after the other."""
+    return {label: (identifier,) * 3 for label, identifier in enumerate(ids)}
+
+
+@pytest.mark.parametrize(
+    ("colors", "words"),
+    [
+        (grey(0, 2), "label 1 has the grey 2 2 2, which is label 2 in a grey mask"),
+        (grey(1, 0), "label 0 has the grey 1 1 1, which is label 1 in a grey mask"),  # Pillow's quantize
+        (grey(0, 1, VOID), "label 2 has the grey 255 255 255, which is label 255 in a grey mask"),
+        (grey(0, 15), None),  # no id of three classes: greys as a tool paints them
+        ({0: BLACK, 1: WHITE}, None),
+        ({0: BLACK, 1: (1, 1, 1), VOID: BLACK}, None),
+    ],
+)
+def test_a_renumbered_grey_mask_is_told_by_the_grey_of_another_id(colors, words):
+    assert conflicts(painted(("p", colors)), None, range(3)) == ({"a": words} if words else {})
+
+
+def test_the_greys_of_a_palette_that_has_colors_are_colors():
+    wall = {0: BLACK, 1: (2, 2, 2)}
+    assert conflicts(painted(("p", wall), ("p", {2: (180, 120, 120)})), None, range(150)) == {}
+
+
+def test_white_is_void_where_grey_masks_of_the_set_have_it():
+    masks = painted(("p", {0: BLACK, 1: WHITE}))
+    assert conflicts(masks, None, {0, 1, 2}) == {}
+    assert list(conflicts(masks, None, {0, 1, 2, VOID})) == ["a"]
+
+
 def test_vocs_names_are_known_in_other_tools_spelling(voc, tmp_path):
     names = ["_background_", *(name.title() for name in CLASSES[1:-1]), "tv/monitor"]
     assert find_reference(VocFolder(tmp_path), names) == voc

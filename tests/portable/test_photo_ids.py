@@ -22,7 +22,8 @@ def find(line: str, photos: Iterable[str], masks: Iterable[str] | None = None) -
     "good",
     [
         "2007_000033", "IMG 0012", "straße-3.crop", "p0.tar", HINDI, NFC, "می\u200cخواهم", "p (1)",
-        "a+b, c & d @ #1 100%?", "-1", "+49 5", "@user_1", "#1", "a=b;c'd\"[*]<b>$a$|:", "🐈", "x" * 200,
+        "a+b, c & d @ #1 100%?", "-1", "+49 5", "@user_1", "+1 (3)", "@x (2)", "#1",
+        "a=b;c'd\"[*]<b>$a$|:", "🐈", "x" * 200,
     ],
 )  # fmt: skip
 def test_an_id_is_whatever_a_file_can_safely_be_called(good):

@@ -98,7 +98,7 @@ def test_relative_is_relative_to_the_checkout_in_an_isolated_experiment_too(chec
         ("databricks://profile", "is not supported"),
         ("databricks-uc", "is not supported"),
         ("s3://bucket/mlflow", "is of an unknown kind; write http://HOST:PORT, sqlite:///PATH.db or postgresql://"),
-        ('"http://localhost:5000"', "is of an unknown kind"),
+        ('"http://localhost:5000"', "is in quotes; write it without"),
     ],
 )
 def test_what_cannot_be_used_is_one_line_with_the_right_spelling(checkout, monkeypatch, written, says):
@@ -157,4 +157,13 @@ def test_no_password_is_shown():
     assert shown("postgresql://me:p@ss@host/db") == "postgresql://***@host/db"
     assert shown("http://me:secret@host:5000/x") == "http://***@host:5000/x"
     assert shown("http://host:5000/a@b") == "http://host:5000/a@b"
+    assert shown("me:secret@host:5000") == "***@host:5000"
     assert shown(None) == ""
+
+
+def test_no_password_is_shown_of_an_address_without_a_scheme(checkout, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "me:secret@host:5000")
+    with pytest.raises(PipelineError) as refused:
+        tracking_uri()
+    assert "secret" not in str(refused.value)
+    assert "write http://host:5000, and the login into MLFLOW_TRACKING_USERNAME" in str(refused.value)

@@ -1,4 +1,5 @@
 import os
+import re
 
 import pytest
 
@@ -43,6 +44,33 @@ def test_names_that_cannot_be_what_the_ids_mean_are_refused(tmp_path, names, wor
     folder.classes_file.write_text(names)
     with pytest.raises(PipelineError, match=words):
         folder.classes()
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        ("# my classes\nsky\nroad\n", "the line '# my classes' is a comment"),
+        ("1: cat\n2: dog\n0: background\n", "the line '1: cat' begins with an id"),
+        ("2 dog\n1 cat\n0 background\n", "each line begins with a number"),
+        ("cat,\nbackground,\ndog,\n", "the line 'cat,' ends with a separator"),
+        ('"cat"\n"background"\n', "is in quotes"),
+        ("names:\n- background\n- cat\n", "the line 'names:' ends with a separator; the line '- background' begins"),
+        ("background;0;0;0\ncat;64;0;0\n", "the line 'background;0;0;0' holds numbers"),
+        ("cat\nBG\ndog\n", "BG is class 1, and background must be class 0"),
+    ],
+)
+def test_lines_that_hold_more_than_a_name_are_refused(tmp_path, lines, words) -> None:
+    folder = VocFolder(tmp_path)
+    folder.classes_file.write_text(lines)
+    with pytest.raises(PipelineError, match=re.escape(words)):
+        folder.classes()
+
+
+def test_names_with_numbers_and_signs_are_names(tmp_path) -> None:
+    folder = VocFolder(tmp_path)
+    names = ["sky", "2 wheeler", "tv/monitor", "stop-sign", "cat, sleeping", "c#", "n02084071"]
+    folder.classes_file.write_text("\n".join(names))
+    assert folder.classes() == names
 
 
 def test_a_set_needs_no_background(tmp_path) -> None:

@@ -126,7 +126,7 @@ def test_the_scores_at_the_photos_own_size_are_torchmetrics_on_the_predicted_mas
     assert metrics["mean_class_accuracy"] == pytest.approx((total.diagonal() / total.sum(1)).nanmean().item())
     assert metrics["boundary_iou"] == pytest.approx(boundary_iou(sum(borders)).nanmean().item())
     assert metrics["photos"] == len(confusions)
-    assert metrics["classes_scored"] == present.sum()
+    assert metrics["classes_shown"] == (total.sum(1) > 0).sum()
     everywhere = torch.zeros_like(everything[0])
     baseline = multiclass_jaccard_index(everywhere, everything[1], classes, average="none", ignore_index=255)
     shown = total.sum(1) > 0
@@ -297,8 +297,19 @@ def only_background(run: Run) -> None:
 def test_a_miou_of_one_class_alone_says_so(run, capsys):
     only_background(run)
     metrics = json.loads((run.evaluate() / "metrics.json").read_text())
-    assert (metrics["miou"], metrics["classes_scored"]) == (1, 1)
+    assert (metrics["miou"], metrics["classes_shown"]) == (1, 1)
     assert metrics["background_everywhere"] == {"miou": 1, "pixel_accuracy": 1, "mean_class_accuracy": 1}
+    assert "evaluate: This mIoU is of one class alone" in capsys.readouterr().out
+
+
+def test_a_stray_class_of_the_prediction_does_not_hide_that_the_truth_has_one_alone(run, capsys):
+    only_background(run)
+    model, card = model_files.load(run.path / "models")
+    model.decoder.head.bias.data[:] = 0
+    model_files.save(model, card, run.path / "models")
+    metrics = json.loads((run.evaluate() / "metrics.json").read_text())
+    assert metrics["miou"] < 1
+    assert metrics["classes_shown"] == 1
     assert "evaluate: This mIoU is of one class alone" in capsys.readouterr().out
 
 
@@ -308,7 +319,7 @@ def test_without_a_background_class_no_answer_is_background_everywhere(run):
     model_files.save(model, card.model_copy(update={"classes": run.folder.classes()}), run.path / "models")
     metrics = json.loads((run.evaluate() / "metrics.json").read_text())
     assert "background_everywhere" not in metrics
-    assert metrics["classes_scored"] > 1
+    assert metrics["classes_shown"] > 1
 
 
 def test_nothing_to_score_is_an_error(run):

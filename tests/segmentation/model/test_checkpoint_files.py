@@ -209,6 +209,17 @@ def test_another_model_is_told_by_its_measures(other, found, advice, tmp_path):
     assert advice is None or advice in said
 
 
+def test_of_several_vits_it_is_said_which_is_taken(tmp_path, weights, capsys):
+    torch.save({"model": weights, "modelEma": weights}, tmp_path / "x.pth")
+    assert find_vit(torch.load(tmp_path / "x.pth")).keys() == weights.keys()
+    assert "it holds several ViTs; model. is taken, not modelEma." in capsys.readouterr().out
+
+
+def test_whole_numbers_are_no_weights(tmp_path, weights):
+    save_file({key: value.to(torch.int8) for key, value in weights.items()}, tmp_path / "x.safetensors")
+    assert "whole numbers in " in refusal(tmp_path / "x.safetensors")
+
+
 def test_tensors_that_are_missing_or_too_many_are_named(tmp_path, weights):
     odd = {key: value for key, value in weights.items() if ".ls1." not in key} | {"extra.weight": torch.zeros(1)}
     odd["norm.weight"] = torch.zeros(7)

@@ -312,6 +312,14 @@ def test_a_list_names_its_photos_each_once(predictor, photos, tmp_path):
     assert list(table(tmp_path / "out")["mask"].fillna("-")) == [f"masks{photos}/b/x.png.png", "-"]
 
 
+def test_two_dots_after_a_link_lead_out_of_what_it_leads_to(photos, tmp_path):
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists/link").symlink_to(photos / "b")
+    (tmp_path / "lists/list.txt").write_text("link/../a/x.jpg\n")
+    (photo,) = find_photos(tmp_path / "lists/list.txt").photos
+    assert photo.path == (photos / "a/x.jpg").resolve()
+
+
 @pytest.mark.parametrize(
     ("make", "says"),
     [

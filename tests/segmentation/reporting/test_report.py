@@ -109,7 +109,7 @@ def write_inputs(root, settings):
             "miou_high": 0.8231,
             "interval": "95 % interval 0.6512 to 0.8231",
             "pixel_accuracy": 0.9211,
-            "classes_scored": 2,
+            "classes_shown": 2,
             "background_everywhere": {"miou": 0.4211, "pixel_accuracy": 0.8421, "mean_class_accuracy": 0.5},
             "mean_class_accuracy": 0.8854,  # boundary IoU is undefined, and left out
             "calibration_error": 0.0391,
@@ -285,7 +285,7 @@ def test_a_miou_of_one_class_alone_says_so_and_others_do_not(inputs, tmp_path):
     words = "This mIoU is of one class alone"
     assert words not in copy.write().read_text()
     metrics = json.loads((copy.root / "evaluation/metrics.json").read_text())
-    write_json(copy.root / "evaluation/metrics.json", metrics | {"miou": 1.0, "classes_scored": 1})
+    write_json(copy.root / "evaluation/metrics.json", metrics | {"miou": 1.0, "classes_shown": 1})
     assert words in copy.write().read_text()
 
 
