@@ -95,7 +95,7 @@ def test_the_whole_of_voc_is_fetched_resized_and_checked_in_minutes_and_in_the_m
     print(large.output, measured, sep="\n")
     # where others use the cores, the clock tells of them, too; idle cores share the CPU's time, and wait for the disk
     assert min(large.seconds, large.cpu_seconds) <= LIMIT, measured
-    assert ran(large.output) == list(large.peaks) == ["fetch", "preprocess", "validate"]
+    assert ran(large.output) == list(large.peaks) == ["source", "fetch", "preprocess", "validate"]
     assert all(large.peaks[stage] <= 1.1 * small.peaks[stage] for stage in large.peaks), measured
 
     output, checked = large.output, large.checks

@@ -190,7 +190,7 @@ def test_another_evaluation_set_is_refused_unread_and_by_force_judged_without_th
 
 @pytest.mark.slow
 def test_a_champion_that_cannot_be_loaded_is_replaced_by_force_only(client, pairs):
-    (weights,) = code(WEAK).parents[2].rglob("segmenter.safetensors")
+    (weights,) = code(WEAK).parents[3].rglob("segmenter.safetensors")
     whole = weights.read_bytes()
     try:
         weights.write_bytes(whole[:-1000])
