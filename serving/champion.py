@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-from segmentation.errors import PipelineError
+from segmentation.errors import PipelineError, error_text
 from segmentation.prediction.predictor import Predictor
 from segmentation.registry.client import MODEL_NAME, connect
 from segmentation.registry.versions import find_version, load_predictor
@@ -107,8 +107,7 @@ class Champion:
             return Served(entry, predictor, self._metrics(entry.run_id))
         except Exception as error:  # a foreign or damaged model can fail in any way
             name = f"models:/{MODEL_NAME}/{entry.version}"
-            said = str(error) if isinstance(error, PipelineError) else f"{type(error).__name__}: {error}"
-            said = said.removeprefix(f"{name}: ")
+            said = error_text(error).removeprefix(f"{name}: ")
             raise PipelineError(
                 f"{name}, the champion, cannot be served ({said}); move the alias to a version that can be"
             ) from error

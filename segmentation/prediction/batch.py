@@ -24,7 +24,7 @@ from mlflow.entities.model_registry import ModelVersion
 from PIL import Image
 
 from segmentation.data.images import Pixels, mask_image, read_photo
-from segmentation.errors import PipelineError
+from segmentation.errors import PipelineError, error_text
 from segmentation.files import atomic_path, sha256_json
 from segmentation.prediction.predictor import Predictor, class_shares
 from segmentation.progress import Progress
@@ -345,7 +345,7 @@ def _predict_one(
     except Exception as error:  # whatever it is, the next photo may be better
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
-        said = str(error) if isinstance(error, PipelineError) else f"{type(error).__name__}: {error}"
+        said = error_text(error)
         row["error"] = f"'{_line(said)}" if said.startswith(("=", "+", "-", "@")) else _line(said)
         for file in (mask_file, overlay_file):  # of an earlier state of the photo
             with suppress(OSError, ValueError):  # most often none is there
